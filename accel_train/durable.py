@@ -1,0 +1,56 @@
+"""Files that survive a crash: digests, fsync, and writes that are whole or absent.
+
+The temporary file of an atomic write has a fixed name, so a writer that is killed again and
+again leaves at most one behind; the price is that every path has one writer at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 (hex) of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_file(path: Path) -> None:
+    """Force a file's content to disk."""
+    _fsync(path, os.O_RDONLY)
+
+
+def fsync_directory(path: Path) -> None:
+    """Force a directory's entries (creations, renames, removals) to disk."""
+    _fsync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace ``path`` by ``content``: readers and crashes see the old file or the new one, never a part.
+
+    One writer at a time per path (the run directory's lock sees to that).
+
+    Raises:
+        OSError: the disk is full or the directory is not writable; the old file is intact.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def _fsync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

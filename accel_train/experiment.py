@@ -1,0 +1,303 @@
+"""One run: configuration, run directory, task, trainer, record.
+
+Everything that touches the run directory happens on the main process, inside a main-only phase
+or a callback of the main process; the other ranks learn the outcome before they go on. All
+checks that can refuse a configuration come before the first file is written.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_model as load_weights
+from torch import distributed as dist
+
+from accel_train.config import ConfigError, ExperimentConfig, check_output_dir, run_directory, to_dict
+from accel_train.interrupt import Interrupted
+from accel_train.lock import RunLocked
+from accel_train.model.transformer import TransformerLM
+from accel_train.run_record import RecordKeeper
+from accel_train.rundir import CONFIG_FILE, RunDirectory, dump_config, open_log, read_config
+from accel_train.tasks.base import Task
+from accel_train.tasks.walks import WalksTask
+from accel_train.training.callbacks import Callback, LoopState
+from accel_train.training.checkpoint import CheckpointError, list_checkpoints, newest_sound, read_manifest, verify
+from accel_train.training.coordination import Coordinator, LostPeer, PeerFailed
+from accel_train.training.diagnosis import NonFinite
+from accel_train.training.hooks import build_hooks
+from accel_train.training.preemption import StopSignal
+from accel_train.training.progress import Progress, be_silent, say
+from accel_train.training.runtime import arithmetic, build_accelerator, machine
+from accel_train.training.trainer import Preempted, Trainer
+
+log = logging.getLogger(__name__)
+
+EXIT_COMPLETED, EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 0, 1, 2, 75
+WEIGHTS = "model.safetensors"
+SHARED_CORPORA = "corpora"
+
+
+def run(config: ExperimentConfig, *, fresh: bool = False, command: Sequence[str] = ()) -> int:
+    """Run an experiment to its end, or resume it; returns the process's exit code.
+
+    Args:
+        config: what to run.
+        fresh: archive an earlier run of the same name and start over.
+        command: the command line, for the record.
+
+    Raises:
+        ConfigError: the configuration cannot be run; nothing has been written.
+    """
+    check_output_dir(config)
+    init, init_digest = resolve_init(config.training.init_from)
+    directory = RunDirectory(config, init_digest)
+    stop = StopSignal()
+    with stop.installed():
+        stop.die_with_launcher()
+        accelerator = build_accelerator(
+            config.training, log_with=config.tracking.log_with, project_dir=directory.path / "tracking"
+        )
+        coordinator = Coordinator(stop, config.training.timeout_seconds)
+        experiment = _Experiment(config, directory, init, accelerator, coordinator, command)
+        try:
+            return experiment.run(fresh)
+        finally:
+            directory.close()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+class _Experiment:
+    """The phases of one launch, and what becomes of their failures."""
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        directory: RunDirectory,
+        init: Path | None,
+        accelerator: Accelerator,
+        coordinator: Coordinator,
+        command: Sequence[str],
+    ) -> None:
+        self.config, self.directory, self.init = config, directory, init
+        self.accelerator, self.coordinator = accelerator, coordinator
+        self.task: Task = WalksTask(config)
+        self.say = say if coordinator.is_main else be_silent
+        self.keeper = RecordKeeper(directory, command)
+        self.progress = Progress(config.training.max_epochs)
+
+    def run(self, fresh: bool) -> int:
+        try:
+            return self._run(fresh)
+        except (Preempted, Interrupted) as outcome:
+            self._finish("preempted", str(outcome))
+            self.say("preempted", f"{outcome}; run the same command again to continue")
+            return EXIT_PREEMPTED
+        except KeyboardInterrupt:
+            self.say("stopped", "at once, by a second interrupt; run the same command to go on from the last checkpoint")
+            return EXIT_PREEMPTED
+        except LostPeer as error:
+            self._complain(error)
+            # The process group is beyond an orderly shutdown: leave before its destructors wait.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(EXIT_FAILED)
+        except PeerFailed as error:
+            log.error("%s", error)
+            return {"ConfigError": EXIT_USAGE, "RunLocked": EXIT_PREEMPTED}.get(error.kind, EXIT_FAILED)
+        except ConfigError:
+            raise
+        except RunLocked as error:
+            self._complain(error)
+            return EXIT_PREEMPTED
+        except (NonFinite, CheckpointError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+            self.coordinator.announce_failure(error)
+            self._finish("failed", f"{type(error).__name__}: {error}")
+            self._complain(error)
+            return EXIT_FAILED
+        except Exception as error:
+            self.coordinator.announce_failure(error)
+            log.exception("unexpected failure")
+            self._finish("failed", f"{type(error).__name__}: {error}")
+            traceback.print_exc()
+            return EXIT_FAILED
+        finally:
+            self.progress.close()
+
+    def _run(self, fresh: bool) -> int:
+        opened = self.coordinator.main_phase("run directory", lambda should_stop: self._open(fresh, should_stop))
+        if opened["status"] == "completed":
+            self.say("finished", opened["summary"])
+            return EXIT_COMPLETED
+        open_log(self.directory.path, self.coordinator.rank, opened["launch"])
+        dataset, preflight = self._data()
+        trainer = self._trainer(dataset)
+        if self.coordinator.is_main:
+            self.keeper.attach(trainer, preflight, machine(self.accelerator) | arithmetic(self.accelerator))
+        trainer.fit()
+        if self.config.tracking.log_with:
+            self.accelerator.end_training()
+        self._finish("completed", None)
+        if self.coordinator.is_main:
+            self.say("completed", self.keeper.summary())
+            self.say("record", str(self.directory.path / "result.json"))
+        return EXIT_COMPLETED
+
+    def _open(self, fresh: bool, should_stop: Callable[[], bool]) -> dict[str, Any]:
+        """On the main process: the checks that may refuse, then the lock, then the first file."""
+        self.task.check()
+        record = self.directory.open(fresh=fresh, should_stop=should_stop, say=self.say)
+        self.say("run", str(self.directory.path))
+        self.keeper.start(record)
+        return {"status": self.keeper.found_status, "launch": self.keeper.launch, "summary": self.keeper.summary()}
+
+    def _data(self) -> tuple[Any, dict[str, Any]]:
+        """The training dataset on every rank; the preflight's findings."""
+        shared = self.directory.path.parent / SHARED_CORPORA
+        phase = self.coordinator.main_phase
+        with self.keeper.timed("corpus"):
+            artifacts = phase("corpus", lambda should_stop: self.task.build(shared, self.say, should_stop))
+            dataset = self.task.open(artifacts)
+        with self.keeper.timed("preflight"):
+            preflight = phase("preflight", lambda _: self.task.preflight(self.say))
+        return dataset, preflight
+
+    def _trainer(self, dataset: Any) -> Trainer:
+        config = self.config
+        model = build_model(config, self.task, self.init)
+        hooks = build_hooks(config.hooks, model)
+        callbacks: list[Callback] = []
+        if config.tracking.log_with:
+            self.accelerator.init_trackers(config.tracking.project, to_dict(config))
+            callbacks.append(_Trackers(self.accelerator))
+        if self.coordinator.is_main:
+            callbacks += [self.progress, self.keeper]
+        self.keeper.hooks = list(hooks.names)
+        count = sum(p.numel() for p in model.parameters())
+        self.say("model", f"{count} parameters on {self.accelerator.device}, {self.coordinator.world_size} process(es)")
+        return Trainer(
+            model,
+            dataset,
+            config.training,
+            evaluate=self._evaluate,
+            callbacks=callbacks,
+            run_dir=self.directory.path,
+            checkpoint=config.checkpoint,
+            seed=config.seed,
+            hooks=hooks,
+            config_hash=self.directory.config_hash,
+            extra_files={CONFIG_FILE: dump_config(config).encode()},
+            accelerator=self.accelerator,
+            coordinator=self.coordinator,
+        )
+
+    def _evaluate(
+        self, model: torch.nn.Module, _state: LoopState, should_stop: Callable[[], bool]
+    ) -> dict[str, Any]:
+        verdict = self.task.evaluate(model, should_stop)
+        return {**verdict.to_dict(), "stop": verdict.passed and self.config.stop_on_pass}
+
+    def _finish(self, status: str, reason: str | None) -> None:
+        self.progress.close()
+        if self.coordinator.is_main:
+            self.keeper.finish(status, reason)
+
+    def _complain(self, error: BaseException) -> None:
+        log.error("%s", error)
+        # Rank 0 logs to stderr at this level already, once its log is open.
+        if self.coordinator.is_main and not logging.getLogger("accel_train").handlers:
+            sys.stderr.write(f"accel-train: error: {error}\n")
+
+
+class _Trackers(Callback):
+    """Sends every log line to Accelerate's trackers."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+
+    def on_log(self, state: LoopState, line: dict[str, Any]) -> None:
+        self._accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+
+    def on_evaluate(self, state: LoopState, evaluation: dict[str, Any]) -> None:
+        figures = {k: v for k, v in evaluation.get("metrics", {}).items() if v is not None}
+        self._accelerator.log(figures, step=evaluation["step"])
+
+
+# -- weights -------------------------------------------------------------------------------
+
+
+def build_model(config: ExperimentConfig, task: Task, init: Path | None) -> TransformerLM:
+    """A freshly initialised model (the same on every rank), or one with the weights of checkpoint ``init``.
+
+    Raises:
+        ConfigError: the weights do not fit the model.
+    """
+    torch.manual_seed(config.seed)
+    model = TransformerLM(config.model, task.vocab_size)
+    if init is not None:
+        try:
+            load_weights(model, init / WEIGHTS)
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                "training.init_from", str(init), f"does not fit this model; make the model sections agree ({reason})"
+            ) from error
+    return model
+
+
+def resolve_init(source: str | None) -> tuple[Path | None, str | None]:
+    """The checkpoint that ``training.init_from`` names (a run directory or a checkpoint) and its weights' digest.
+
+    Raises:
+        ConfigError: there is no sound checkpoint.
+    """
+    if source is None:
+        return None, None
+    path = Path(source)
+    found = list_checkpoints(path / "checkpoints")
+    checkpoint = found[-1][1] if found else path
+    problems = verify(checkpoint)
+    if problems:
+        raise ConfigError("training.init_from", source, f"holds no sound checkpoint ({'; '.join(problems)})")
+    return checkpoint, str(read_manifest(checkpoint)["files"][WEIGHTS]["sha256"])
+
+
+def load_model(run_dir: Path) -> tuple[TransformerLM, WalksTask, int]:
+    """The newest sound weights of a run, its task with the data opened, and their step.
+
+    Raises:
+        ConfigError: there is no such run, or it has no checkpoint yet.
+        CheckpointError: all its checkpoints are damaged.
+    """
+    if not (run_dir / CONFIG_FILE).is_file():
+        raise ConfigError("RUN", str(run_dir), f"is not a run directory (it has no {CONFIG_FILE})")
+    config = read_config(run_dir / CONFIG_FILE)
+    checkpoint = newest_sound(run_dir / "checkpoints")
+    if checkpoint is None:
+        raise ConfigError("RUN", str(run_dir), "has no checkpoint yet; let it train first")
+    task = WalksTask(config)
+    task.open(task.build(run_dir.parent / SHARED_CORPORA, be_silent, lambda: False))
+    model = build_model(config, task, checkpoint).to(Accelerator().device)
+    return model, task, int(read_manifest(checkpoint)["step"])
+
+
+def evaluate(run_dir: Path) -> dict[str, Any]:
+    """Judge the newest checkpoint of a run by its gate; returns the verdict as JSON values."""
+    model, task, step = load_model(run_dir)
+    return {"run": str(run_dir), "step": step, **task.evaluate(model, lambda: False).to_dict()}
+
+
+def generate_samples(run_dir: Path, num: int, *, temperature: float = 0.0) -> list[list[int]]:
+    """``num`` continuations of held-out prompts by the newest checkpoint of a run."""
+    model, task, _ = load_model(run_dir)
+    return task.generate(model, num, temperature)

@@ -1,0 +1,155 @@
+"""Batched generation: greedy or multinomial, with a preallocated key-value cache.
+
+Random numbers come from an explicit generator only, one per sequence and position, drawn
+before the first token: a sequence does not depend on how the work is cut into batches, and
+training's random state is never touched. The price is inverse-CDF sampling, one cumulative
+sum over the vocabulary per token.
+
+Inside the context a token costs one step of the cache. Past it, the window is cut back to
+its last half and read again; positions restart there, as learned positions require.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from accel_train.interrupt import Interrupted
+from accel_train.model.transformer import KVCache, TransformerLM
+
+DEFAULT_BATCH_SIZE = 500
+"""The fastest of 32 to 1000 sequences at a time on two CPU cores (docs/benchmarks.md)."""
+
+
+def generate(
+    model: nn.Module,
+    prompts: Tensor,
+    length: int,
+    *,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+    batch_size: int | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Tensor:
+    """Continue every prompt to ``length`` tokens.
+
+    The model's mode (training or evaluation) and the global random state are left as found.
+
+    Args:
+        model: a :class:`TransformerLM`, or any module that maps tokens ``(batch, time)`` to
+            logits ``(batch, time, vocab)``; the latter reads the whole sequence for every
+            token, or the window that ``model.config.max_seq_len`` sets if there is one.
+        prompts: int64 ``(num, prompt_length)``, at least one token each.
+        length: tokens of every result, the prompt included.
+        temperature: divides the logits before sampling; 0 takes the most likely token, the one
+            of lowest id among equals.
+        generator: source of randomness, needed for sampling.
+        batch_size: sequences at a time; never changes which random numbers a sequence gets.
+        should_stop: asked before every token.
+
+    Returns:
+        int64 ``(num, length)`` on the model's device, the prompts in front.
+
+    Raises:
+        ValueError: an argument is out of range, or sampling without a generator.
+        Interrupted: ``should_stop`` said so.
+    """
+    _check_arguments(prompts, length, temperature, generator, batch_size)
+    num, prompt_length = prompts.shape
+    device = next((parameter.device for parameter in model.parameters()), prompts.device)
+    tokens = torch.empty(num, length, dtype=torch.int64, device=device)
+    tokens[:, :prompt_length] = prompts
+    uniform = None
+    if generator is not None and temperature > 0:
+        shape = (num, length - prompt_length)
+        uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device).to(device)
+    size = batch_size or DEFAULT_BATCH_SIZE
+    with _evaluating(model), torch.no_grad():
+        for first in range(0, num, size):
+            rows = tokens[first : first + size]
+            logits_at = _CachedLogits(model, rows) if isinstance(model, TransformerLM) else _PlainLogits(model, rows)
+            for position in range(prompt_length, length):
+                if should_stop is not None and should_stop():
+                    raise Interrupted
+                logits = logits_at(position)
+                if uniform is None:
+                    rows[:, position] = logits.argmax(dim=-1)
+                else:
+                    draws = uniform[first : first + size, position - prompt_length]
+                    rows[:, position] = _sample(logits / temperature, draws)
+    return tokens
+
+
+def _check_arguments(
+    prompts: Tensor, length: int, temperature: float, generator: torch.Generator | None, batch_size: int | None
+) -> None:
+    if prompts.dim() != 2 or prompts.shape[1] < 1:
+        raise ValueError(f"prompts must be (num, prompt_length) with at least one token, not {tuple(prompts.shape)}")
+    if length < prompts.shape[1]:
+        raise ValueError(f"length = {length} is shorter than the prompts of {prompts.shape[1]} tokens")
+    if not temperature >= 0:
+        raise ValueError(f"temperature = {temperature} must not be negative")
+    if temperature > 0 and generator is None:
+        raise ValueError(f"sampling at temperature {temperature} needs a generator: the global one is training's")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size = {batch_size} must be at least 1")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _sample(logits: Tensor, uniform: Tensor) -> Tensor:
+    """The token where the cumulative distribution first exceeds ``uniform``, for each row of ``(batch, vocab)``."""
+    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    # Scaled by the total, the draw stays below it whatever the rounding of the sum.
+    draws = uniform.unsqueeze(1) * cumulative[:, -1:]
+    token = torch.searchsorted(cumulative, draws, right=True).squeeze(1)
+    return token.clamp_(max=logits.shape[1] - 1)
+
+
+def _window(start: int, position: int, context: int) -> int:
+    """Where the window that predicts ``position`` begins: at ``start``, or at the last half once it is full."""
+    return start if position - start <= context else position - max(context // 2, 1)
+
+
+class _CachedLogits:
+    """Logits of the next token of every row, with a cache that keeps pace."""
+
+    def __init__(self, model: TransformerLM, rows: Tensor) -> None:
+        self.model, self.rows = model, rows
+        self.context = model.config.max_seq_len
+        self.start = 0
+        self.cache: KVCache | None = None
+
+    def __call__(self, position: int) -> Tensor:
+        start = _window(self.start, position, self.context)
+        if self.cache is None or start != self.start:
+            capacity = min(self.rows.shape[1] - start, self.context)
+            self.cache, self.start = self.model.new_cache(len(self.rows), capacity), start
+        return self.model.extend(self.rows[:, start + self.cache.length : position], self.cache)
+
+
+class _PlainLogits:
+    """Logits of the next token of every row, from the whole window each time."""
+
+    def __init__(self, model: nn.Module, rows: Tensor) -> None:
+        self.model, self.rows = model, rows
+        self.context: int = getattr(getattr(model, "config", None), "max_seq_len", rows.shape[1])
+        self.start = 0
+
+    def __call__(self, position: int) -> Tensor:
+        self.start = _window(self.start, position, self.context)
+        output = self.model(self.rows[:, self.start : position])
+        logits: Tensor = output if isinstance(output, Tensor) else output.logits
+        return logits[:, -1]

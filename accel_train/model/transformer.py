@@ -1,0 +1,274 @@
+"""The language model: a GPT-2-style pre-norm decoder (Radford et al. 2019).
+
+One file, one model. With learned positions it computes exactly what a transformers
+``GPT2LMHeadModel`` of the same sizes computes; rotary positions (Su et al. 2021) are the one
+variation. There are no buffers: DDP would broadcast them before every forward pass, so the
+rotary angles are computed anew each time, which costs microseconds.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from accel_train.config import ModelConfig
+from accel_train.model.extraction import Extraction, ExtractionMode
+
+INIT_STD = 0.02
+ROTARY_BASE = 10_000.0
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, preallocated for ``capacity`` tokens.
+
+    ``keys`` and ``values`` hold one ``(batch, heads, capacity, head_width)`` tensor per block;
+    ``length`` is the number of tokens in them.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, capacity: int, like: Tensor) -> None:
+        shape = (batch, config.n_heads, capacity, config.d_model // config.n_heads)
+        self.keys = [like.new_empty(shape) for _ in range(config.n_layers)]
+        self.values = [like.new_empty(shape) for _ in range(config.n_layers)]
+        self.length = 0
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new tokens' keys and values of one block; return those of all tokens so far."""
+        end = self.length + key.shape[2]
+        self.keys[layer][:, :, self.length : end] = key
+        self.values[layer][:, :, self.length : end] = value
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+class Recorder:
+    """Collects the tensors that an extraction mode asks for."""
+
+    def __init__(self, mode: ExtractionMode) -> None:
+        self.mode = mode
+        self.scores: list[Tensor] = []
+        self.weights: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.residual: list[Tensor] = []
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Record one block's attention from its ``(batch, heads, time, head_width)`` inputs."""
+        if self.mode & (ExtractionMode.SCORES | ExtractionMode.WEIGHTS):
+            time = query.shape[2]
+            later = torch.ones(time, time, dtype=torch.bool, device=query.device).triu(1)
+            scores = (query @ key.transpose(2, 3) / math.sqrt(query.shape[3])).masked_fill(later, -math.inf)
+            if self.mode & ExtractionMode.SCORES:
+                self.scores.append(scores)
+            if self.mode & ExtractionMode.WEIGHTS:
+                self.weights.append(scores.softmax(dim=-1))
+        if self.mode & ExtractionMode.VALUES:
+            self.values.append(value)
+
+    def stream(self, x: Tensor) -> None:
+        """Record the residual stream ``(batch, time, d_model)``."""
+        if self.mode & ExtractionMode.RESIDUAL:
+            self.residual.append(x)
+
+    def output(self, logits: Tensor) -> Extraction:
+        """Everything recorded, with the logits."""
+        return Extraction(logits, tuple(self.scores), tuple(self.weights), tuple(self.values), tuple(self.residual))
+
+
+def rotary_angles(start: int, end: int, head_width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotation of positions ``start`` to ``end``, ``(time, head_width)`` each."""
+    exponents = torch.arange(0, head_width, 2, device=like.device, dtype=torch.float32) / head_width
+    positions = torch.arange(start, end, device=like.device, dtype=torch.float32)
+    angles = torch.outer(positions, ROTARY_BASE**-exponents).repeat(1, 2)
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_heads = config.n_heads
+        self.dropout = config.dropout
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
+        self.output = nn.Linear(config.d_model, config.d_model)
+
+    def forward(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor] | None,
+        recorder: Recorder | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Map ``(batch, time, d_model)`` to the same shape."""
+        batch, time, width = x.shape
+        query, key, value = self.qkv(x).view(batch, time, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        if angles is not None:
+            query, key = _rotate(query, *angles), _rotate(key, *angles)
+        if recorder is not None:
+            recorder.attention(query, key, value)
+        if cache is not None:
+            key, value = cache.append(self.layer, key, value)
+        dropout = self.dropout if self.training else 0.0
+        # A single query may look at every cached key; a prefill starts from an empty cache.
+        mixed = functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=time > 1)
+        mixed = mixed.transpose(1, 2).reshape(batch, time, width)
+        return self.output(mixed)  # type: ignore[no-any-return]
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a GELU (tanh approximation, as GPT-2) between."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.d_model, config.feed_forward_width)
+        self.output = nn.Linear(config.feed_forward_width, config.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(batch, time, d_model)`` to the same shape."""
+        return self.output(functional.gelu(self.up(x), approximate="tanh"))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """One transformer block: each branch reads a normalised copy of the residual stream and adds to it."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.d_model)
+        self.attention = Attention(config, layer)
+        self.feed_forward_norm = nn.LayerNorm(config.d_model)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor] | None,
+        recorder: Recorder | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Map the residual stream ``(batch, time, d_model)`` to the next one."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), angles, recorder, cache))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))  # type: ignore[no-any-return]
+
+
+class TransformerLM(nn.Module):
+    """A decoder-only transformer language model.
+
+    Initialised as GPT-2 is, from torch's global generator: seed it for a reproducible model.
+    Weights are normal with standard deviation 0.02, divided by ``sqrt(2 * n_layers)`` in the
+    two layers per block that write to the residual stream; biases are zero.
+
+    Args:
+        config: sizes, dropout and kind of positions.
+        vocab_size: number of tokens.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.token_embedding = nn.Embedding(vocab_size, config.d_model)
+        learned = config.positions == "learned"
+        self.position_embedding = nn.Embedding(config.max_seq_len, config.d_model) if learned else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.final_norm = nn.LayerNorm(config.d_model)
+        # Tied weights are one parameter under one name: nothing downstream has to know about sharing.
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, vocab_size, bias=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        residual_std = INIT_STD / math.sqrt(2 * self.config.n_layers)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=residual_std if name.endswith(".output") else INIT_STD)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trained weights; tied ones count once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @overload
+    def forward(self, tokens: Tensor) -> Tensor: ...
+
+    @overload
+    def forward(self, tokens: Tensor, mode: Literal[ExtractionMode.NONE]) -> Tensor: ...
+
+    @overload
+    def forward(self, tokens: Tensor, mode: ExtractionMode) -> Tensor | Extraction: ...
+
+    def forward(self, tokens: Tensor, mode: ExtractionMode = ExtractionMode.NONE) -> Tensor | Extraction:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens: int64 ``(batch, time)``, with ``time <= config.max_seq_len``.
+            mode: tensors to return beside the logits.
+
+        Returns:
+            Logits ``(batch, time, vocab)``; with another mode than ``NONE`` an
+            :class:`~accel_train.model.extraction.Extraction` holding the same logits, bit for bit.
+
+        Raises:
+            ValueError: more tokens than the context holds.
+        """
+        recorder = None if mode is ExtractionMode.NONE else Recorder(mode)
+        logits = self._logits(self._stream(tokens, recorder))
+        return logits if recorder is None else recorder.output(logits)
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache for :meth:`extend`, for at most ``capacity`` tokens per sequence."""
+        return KVCache(self.config, batch, capacity, like=self.token_embedding.weight.detach())
+
+    def extend(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Add tokens to cached sequences and predict what follows.
+
+        Args:
+            tokens: int64 ``(batch, time)``: the prompt for an empty cache, one token after that.
+            cache: from :meth:`new_cache`; updated.
+
+        Returns:
+            Logits ``(batch, vocab)`` of the token after the last one.
+
+        Raises:
+            ValueError: more tokens than the context holds, or several for a cache in use.
+        """
+        if cache.length and tokens.shape[1] != 1:
+            raise ValueError(f"a cache in use takes one token at a time, not {tokens.shape[1]}")
+        x = self._stream(tokens, cache=cache)
+        cache.length += tokens.shape[1]
+        return self._logits(x[:, -1])
+
+    def _stream(self, tokens: Tensor, recorder: Recorder | None = None, cache: KVCache | None = None) -> Tensor:
+        start = 0 if cache is None else cache.length
+        end = start + tokens.shape[1]
+        context = self.config.max_seq_len
+        if end > context:
+            raise ValueError(f"{end} tokens do not fit into the context of {context} (model.max_seq_len)")
+        x = self.token_embedding(tokens)
+        angles = None
+        if self.position_embedding is None:
+            angles = rotary_angles(start, end, self.config.d_model // self.config.n_heads, like=x)
+        else:
+            x = x + self.position_embedding.weight[start:end]
+        x = self.dropout(x)
+        for block in self.blocks:
+            if recorder is not None:
+                recorder.stream(x)
+            x = block(x, angles, recorder, cache)
+        if recorder is not None:
+            recorder.stream(x)
+        return x  # type: ignore[no-any-return]
+
+    def _logits(self, x: Tensor) -> Tensor:
+        weight = self.token_embedding.weight if self.head is None else self.head.weight
+        return functional.linear(self.final_norm(x), weight)

@@ -1,0 +1,210 @@
+"""Keeps the record of a run up to date while it trains: what ``result.json`` says at any moment.
+
+The record is derived from the training state and the last evaluation; nothing is kept here that
+a killed run would miss, except the seconds, which are those of all launches that left by
+themselves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accel_train.record import MetricsLog, new_record, write_record
+from accel_train.report import training_curves
+from accel_train.training.callbacks import Callback, LoopState
+
+if TYPE_CHECKING:
+    from accel_train.rundir import RunDirectory
+    from accel_train.training.trainer import Trainer
+
+FIGURE = Path("figures") / "training_curves.png"
+
+
+class RecordKeeper(Callback):
+    """Writes ``result.json`` at every epoch and exit, ``metrics.jsonl`` at every log interval.
+
+    Args:
+        directory: the run directory; its lock is held by this process.
+        command: the command line of this launch.
+    """
+
+    def __init__(self, directory: RunDirectory, command: Sequence[str]) -> None:
+        self._directory = directory
+        self._command = list(command)
+        self.hooks: list[str] = []
+        self.record: dict[str, Any] = {}
+        self.found_status: str | None = None
+        self._trainer: Trainer | None = None
+        self._seconds: dict[str, float] = {}
+        self._earlier: dict[str, float] = {}
+        self._began = time.perf_counter()
+        self._metrics: MetricsLog | None = None
+
+    @property
+    def launch(self) -> int:
+        """The number of this launch, from 1."""
+        return int(self.record["provenance"]["launches"])
+
+    def start(self, found: dict[str, Any]) -> None:
+        """Take up the record found in the directory, or begin one; a completed one stays as it is."""
+        self.found_status = found.get("status")
+        if self.found_status == "completed":
+            self.record = found
+            return
+        directory = self._directory
+        self.record = new_record(
+            directory.config,
+            experiment_id=directory.experiment_id,
+            config_hash=directory.config_hash,
+            init_digest=directory.init_digest,
+            command=self._command,
+            earlier=found or None,
+        )
+        self._earlier = dict(found.get("timing", {}).get("seconds", {}))
+        self._write()
+
+    def attach(self, trainer: Trainer, preflight: dict[str, Any], machine: dict[str, Any]) -> None:
+        """Follow ``trainer`` from here on."""
+        self._trainer = trainer
+        self.record["gate"]["preflight"] = preflight
+        self.record["provenance"]["machine"] = machine
+        self.record["provenance"]["hook_list"] = self.hooks
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Count the block's seconds as ``phase``."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - started
+
+    # -- callbacks -------------------------------------------------------------------------
+
+    def on_train_start(self, state: LoopState) -> None:
+        """Cut the log back to the step that training starts from."""
+        self._metrics = MetricsLog(self._directory.path / "metrics.jsonl")
+        self._metrics.cut_back(state.step)
+        self._update()
+
+    def on_log(self, state: LoopState, line: dict[str, Any]) -> None:
+        """Append the line, with the run's identity."""
+        self._append(line)
+
+    def on_evaluate(self, state: LoopState, evaluation: dict[str, Any]) -> None:
+        """Append the evaluation's figures."""
+        figures = {"step": evaluation["step"], "epoch": evaluation["epoch"], "gate_passed": evaluation.get("passed")}
+        self._append({**figures, **evaluation.get("metrics", {})})
+
+    def on_checkpoint(self, state: LoopState, path: Path) -> None:
+        """Bring the record up to the checkpoint."""
+        self._update()
+
+    def on_epoch_end(self, state: LoopState) -> None:
+        """Bring the record up to the epoch."""
+        self._update()
+
+    # -- the end ---------------------------------------------------------------------------
+
+    def finish(self, status: str, reason: str | None) -> None:
+        """Write the final record of this launch, and the figure."""
+        if not self.record or self.found_status == "completed":
+            return
+        self.record["status"] = status
+        self.record["reason"] = reason
+        self.record["finished_at"] = None if status == "preempted" else _now()
+        if self._trainer is not None:
+            self._fill(self._trainer)
+            if self.record["curves"]["train_loss"]:
+                training_curves(self.record, self._directory.path / FIGURE)
+        self._write()
+
+    def summary(self) -> str:
+        """One line for people: the verdict, its figures, where the record lies."""
+        scalars, gate = self.record["metrics"]["scalars"], self.record["gate"]
+        if gate["passed"] is None:
+            verdict = "no gate was judged"
+        elif gate["passed"]:
+            verdict = f"gate passed after epoch {gate['epoch']}"
+        else:
+            verdict = f"gate not passed: {gate['failure_reason']}"
+        figures = [
+            f"{name.removeprefix('final_')} {value:.4f}"
+            for name, value in scalars.items()
+            if name.startswith("final_") and isinstance(value, float)
+        ]
+        return ", ".join([verdict, *figures])
+
+    def _update(self) -> None:
+        if self._trainer is not None:
+            self._fill(self._trainer)
+        self._write()
+
+    def _fill(self, trainer: Trainer) -> None:
+        record, state = self.record, trainer.state
+        evaluations = state.evaluations
+        curves = {
+            name: [evaluation.get("metrics", {}).get(name) for evaluation in evaluations]
+            for name in ("edge_compliance", "rule_compliance")
+        }
+        record["curves"] = {"train_loss": list(state.train_loss), **curves}
+        record["metrics"]["scalars"] = self._scalars(trainer, evaluations)
+        if evaluations:
+            last = evaluations[-1]
+            record["gate"].update(
+                passed=last.get("passed"),
+                epoch=last["epoch"],
+                criteria=last.get("criteria", []),
+                evidence=last.get("evidence", {}),
+                failure_reason=last.get("failure_reason"),
+            )
+        provenance = record["provenance"]
+        provenance["world_sizes"] = list(state.world_sizes)
+        provenance["resumes"] = list(state.resumes)
+        provenance["data_fingerprint"] = state.fingerprint_hex
+        self._fill_timing(trainer)
+
+    def _scalars(self, trainer: Trainer, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
+        state = trainer.state
+        metrics = evaluations[-1].get("metrics", {}) if evaluations else {}
+        return {
+            "final_train_loss": state.train_loss[-1] if state.train_loss else None,
+            **{f"final_{name}": value for name, value in metrics.items()},
+            "gate_passed": bool(evaluations and evaluations[-1].get("passed")),
+            "epochs_trained": state.step / trainer.steps_per_epoch,
+            "steps_trained": state.step,
+            "tokens_seen": state.tokens_seen,
+            "parameters": sum(p.numel() for p in trainer.unwrapped_model.parameters()),
+        }
+
+    def _fill_timing(self, trainer: Trainer) -> None:
+        launch = {**self._seconds, **trainer.seconds, "total": time.perf_counter() - self._began}
+        names = {**self._earlier, **launch}
+        seconds = {name: self._earlier.get(name, 0.0) + launch.get(name, 0.0) for name in names}
+        trained = trainer.state.tokens_seen - trainer.tokens_at_start
+        self.record["timing"] = {
+            "seconds": seconds,
+            "tokens_per_second": trained / trainer.seconds["training"] if trainer.seconds["training"] else None,
+        }
+
+    def _append(self, line: dict[str, Any]) -> None:
+        assert self._metrics is not None, "on_train_start comes first"
+        record = self.record
+        identity = {
+            "run_id": record["run_id"],
+            "config_hash": record["config_hash"],
+            "git_commit": record["provenance"]["git_commit"],
+        }
+        self._metrics.append({**identity, "time": _now(), **line})
+
+    def _write(self) -> None:
+        write_record(self._directory.path, self.record)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,159 @@
+"""The run directory: its lock, its configuration, its archive, its logs.
+
+    <output_dir>/<name or experiment id>/
+        config.yaml result.json metrics.jsonl checkpoints/ figures/ samples/ logs/rank_N.log
+
+Only the main process opens and closes it; it holds the lock from the first write to the last.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from accel_train.config import (
+    ConfigError,
+    ExperimentConfig,
+    config_hash,
+    differing_fields,
+    experiment_id,
+    from_dict,
+    hashed_fields,
+    run_directory,
+    to_dict,
+)
+from accel_train.durable import write_atomic
+from accel_train.interrupt import Interrupted
+from accel_train.lock import RunLock
+from accel_train.record import read_record
+
+CONFIG_FILE = "config.yaml"
+# The record goes first: a kill in the middle of archiving must not leave a directory that looks finished.
+_ARCHIVED = ("result.json", "checkpoints", "metrics.jsonl", CONFIG_FILE, "figures", "samples", "logs")
+
+
+class RunDirectory:
+    """The directory of one experiment.
+
+    Args:
+        config: the experiment's configuration.
+        init_digest: digest of the weights that ``training.init_from`` names.
+    """
+
+    def __init__(self, config: ExperimentConfig, init_digest: str | None = None) -> None:
+        self.config = config
+        self.init_digest = init_digest
+        self.config_hash = config_hash(config, init_digest)
+        self.experiment_id = experiment_id(config, init_digest)
+        self.path = run_directory(config, init_digest)
+        self._lock: RunLock | None = None
+
+    def open(self, *, fresh: bool, should_stop: Callable[[], bool], say: Callable[[str, str], None]) -> dict[str, Any]:
+        """Lock the directory, archive it if asked, and return the record found there (empty if none).
+
+        Raises:
+            RunLocked: another live process holds it.
+            ConfigError: it belongs to another configuration.
+            Interrupted: ``should_stop()`` turned true while waiting for the lock.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+
+        def waiting(message: str) -> None:
+            if should_stop():
+                raise Interrupted("stopped while waiting for the run directory")
+            say("lock", message)
+
+        lock = RunLock(self.path, self.config.training.lock_timeout, on_wait=waiting)
+        lock.acquire()
+        self._lock = lock
+        if fresh:
+            self._archive(say)
+        self._refuse_other_configuration()
+        record = read_record(self.path) if (self.path / "result.json").exists() else {}
+        if record.get("status") != "completed":
+            write_atomic(self.path / CONFIG_FILE, dump_config(self.config).encode())
+        return record
+
+    def close(self) -> None:
+        """Release the lock; safe to call twice, and without :meth:`open`."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _refuse_other_configuration(self) -> None:
+        path = self.path / CONFIG_FILE
+        if not path.exists():
+            return
+        theirs = read_config(path)
+        lines = differing_fields(hashed_fields(self.config), hashed_fields(theirs))
+        if not lines and (self.path / "result.json").exists():
+            known = read_record(self.path).get("config_hash")
+            if known not in {None, self.config_hash}:
+                lines = [f"config_hash: {self.config_hash[:8]} here, {known[:8]} there (training.init_from)"]
+        if lines:
+            raise ConfigError(
+                "name",
+                self.path.name,
+                f"is a run of another configuration ({'; '.join(lines)}); choose another name, or --fresh to "
+                "archive it and start over",
+            )
+
+    def _archive(self, say: Callable[[str, str], None]) -> None:
+        present = [name for name in _ARCHIVED if (self.path / name).exists()]
+        if not present:
+            return
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+        archive = self.path.with_name(f"{self.path.name}.archived-{stamp}")
+        number = 1
+        while archive.exists():
+            number += 1
+            archive = archive.with_name(f"{self.path.name}.archived-{stamp}-{number}")
+        archive.mkdir()
+        for name in present:
+            (self.path / name).rename(archive / name)
+        say("archive", f"the earlier run was moved to {archive}")
+
+
+def dump_config(config: ExperimentConfig) -> str:
+    """The configuration as YAML."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def read_config(path: Path) -> ExperimentConfig:
+    """The configuration that a run stored.
+
+    Raises:
+        ConfigError: the file cannot be read or is not a configuration.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(str(path), "config.yaml", f"cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(str(path), "config.yaml", "does not hold a configuration")
+    return from_dict(values)
+
+
+def open_log(run_dir: Path, rank: int, launch: int) -> logging.Handler:
+    """Append this rank's log to ``logs/rank_N.log``; warnings of rank 0 also go to stderr."""
+    directory = run_dir / "logs"
+    directory.mkdir(exist_ok=True)
+    handler = logging.FileHandler(directory / f"rank_{rank}.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("accel_train")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    if rank == 0:
+        shown = logging.StreamHandler(sys.stderr)
+        shown.setLevel(logging.WARNING)
+        shown.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        logger.addHandler(shown)
+    logger.info("launch %d, rank %d, pid %d", launch, rank, os.getpid())
+    return handler

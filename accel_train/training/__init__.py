@@ -1,0 +1,1 @@
+"""The loop: Trainer, its state, checkpoints, agreement between ranks, callbacks, hooks."""

@@ -1,0 +1,256 @@
+"""What the ranks agree on, and how they wait for each other.
+
+Two mechanisms, because a rank blocked inside a collective cannot run a Python signal handler:
+
+* between steps, an asynchronous all-reduce of one number on a gloo group of its own: launched
+  at one step boundary and read at the next, so all ranks leave at the same step and the wait
+  hides behind the step's arithmetic;
+* around everything that only the main process does (corpus, evaluation, commit of a
+  checkpoint), polling of the process group's key-value store: waiting ranks post their stop
+  flags there, the main process posts a heartbeat and its result. Nobody sits in a collective,
+  so signals are seen at once and a long evaluation cannot run into the group's timeout.
+
+With one process all of it is a local flag.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from accel_train.interrupt import Interrupted
+from accel_train.training.preemption import StopSignal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Every rank makes its coordinators in the same order, so the count names them.
+_instances = itertools.count()
+
+_POLL_SECONDS = 0.01
+_FLAG_POLL_SECONDS = 0.05
+_HEARTBEAT_SECONDS = 1.0
+
+
+class LostPeer(RuntimeError):
+    """Another rank is gone or silent: nothing may be saved, the process must leave."""
+
+
+class PeerFailed(RuntimeError):
+    """Another rank failed while this one was waiting for it.
+
+    Args:
+        rank: the rank that failed.
+        phase: what this one was waiting for.
+        message: its error.
+        kind: name of its exception's class.
+    """
+
+    def __init__(self, rank: int, phase: str, message: str, kind: str) -> None:
+        self.kind = kind
+        super().__init__(f"rank {rank} failed (waiting for '{phase}'): {kind}: {message}")
+
+
+class Coordinator:
+    """Agreement between the ranks of one run.
+
+    Args:
+        stop: this rank's stop flag.
+        timeout_seconds: longest wait for another rank before :class:`LostPeer`.
+    """
+
+    def __init__(self, stop: StopSignal, timeout_seconds: float) -> None:
+        self.stop = stop
+        self.timeout = timeout_seconds
+        distributed = dist.is_available() and dist.is_initialized()
+        self.world_size = dist.get_world_size() if distributed else 1
+        self.rank = dist.get_rank() if distributed else 0
+        self.is_main = self.rank == 0
+        self._sequence = 0
+        self._work: dist.Work | None = None
+        if self.world_size > 1:
+            store = dist.distributed_c10d._get_default_store()
+            self._store = dist.distributed_c10d.PrefixStore(f"accel_train/{next(_instances)}", store)
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+            self._flag = torch.zeros(1)
+
+    # -- between steps ---------------------------------------------------------------------
+
+    def poll(self) -> bool:
+        """At every step boundary, on every rank: whether all ranks are to stop here.
+
+        With several ranks the answer reflects the flags as they were one step ago.
+        """
+        if self.world_size == 1:
+            return self.stop.requested
+        if self.drain():
+            return True
+        self._flag.fill_(float(self.stop.requested))
+        self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return False
+
+    def drain(self) -> bool:
+        """Finish the agreement in flight, if there is one, and return its answer."""
+        if self._work is None:
+            return self.world_size == 1 and self.stop.requested
+        work, self._work = self._work, None
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise LostPeer(f"another rank is gone (stop agreement failed: {_first_line(error)})") from error
+        return bool(self._flag.item() > 0)
+
+    # -- main-only phases ------------------------------------------------------------------
+
+    def main_phase(self, name: str, work: Callable[[Callable[[], bool]], T]) -> T:
+        """Run ``work(should_stop)`` on the main process; every rank returns its result.
+
+        Args:
+            name: what is being done; stands in the messages of ranks that wait in vain.
+            work: called on the main process only. ``should_stop()`` is true once any rank has
+                been asked to stop. The result must be JSON-serialisable.
+
+        Raises:
+            Interrupted: on all ranks, if ``work`` raised it.
+            PeerFailed: on the other ranks, if ``work`` raised anything else.
+            LostPeer: a rank went silent for longer than the timeout.
+        """
+        if self.world_size == 1:
+            return work(lambda: self.stop.requested)
+        self._sequence += 1
+        key = f"phase{self._sequence}"
+        result = self._lead(key, name, work) if self.is_main else self._follow(key, name)
+        return cast(T, result)
+
+    def announce_failure(self, error: BaseException) -> None:
+        """Tell ranks that wait in a phase or a gather that this one is leaving."""
+        if self.world_size > 1:
+            notice = {"rank": self.rank, "error": str(error), "kind": type(error).__name__}
+            try:
+                self._store.set("failure", json.dumps(notice))
+            except RuntimeError:
+                log.warning("the other ranks could not be told of the failure: the store is gone")
+
+    def _raise_announced(self, name: str) -> None:
+        if self._store.check(["failure"]):
+            notice = json.loads(self._store.get("failure"))
+            raise PeerFailed(notice["rank"], name, notice["error"], notice["kind"])
+
+    def gather(self, name: str, value: Any) -> list[Any]:
+        """Every rank's ``value`` (JSON-serialisable) in rank order, on every rank; also a barrier."""
+        if self.world_size == 1:
+            return [value]
+        self._sequence += 1
+        key = f"gather{self._sequence}"
+        self._store.set(f"{key}/{self.rank}", json.dumps(value))
+        self._await_ranks(key, name)
+        return [json.loads(self._store.get(f"{key}/{rank}")) for rank in range(self.world_size)]
+
+    def barrier(self, name: str) -> None:
+        """Wait until every rank has come here."""
+        self.gather(name, None)
+
+    def _lead(self, key: str, name: str, work: Callable[[Callable[[], bool]], T]) -> T:
+        try:
+            with self._heartbeat(key):
+                result = work(self._stop_reader(key))
+        except BaseException as error:
+            outcome = {"error": str(error), "kind": type(error).__name__, "interrupted": isinstance(error, Interrupted)}
+            self._store.set(f"{key}/outcome", json.dumps(outcome))
+            if isinstance(error, Interrupted):
+                self._await_ranks(key, name)
+            raise
+        encoded = json.dumps({"value": result})
+        self._store.set(f"{key}/outcome", encoded)
+        # Collectives may follow: start them only when nobody is still polling.
+        self._store.set(f"{key}/{self.rank}", "ready")
+        self._await_ranks(key, name)
+        return cast(T, json.loads(encoded)["value"])
+
+    def _follow(self, key: str, name: str) -> Any:
+        posted, beat, seen_at = False, b"", time.monotonic()
+        while not self._store.check([f"{key}/outcome"]):
+            if self.stop.requested and not posted:
+                self._store.set(f"{key}/stop", str(self.rank))
+                posted = True
+            if self._store.check([f"{key}/beat"]):
+                newest = self._store.get(f"{key}/beat")
+                if newest != beat:
+                    beat, seen_at = newest, time.monotonic()
+            self._raise_announced(name)
+            if time.monotonic() - seen_at > self.timeout:
+                raise LostPeer(f"rank 0 has been silent for {self.timeout:g} s in '{name}'")
+            time.sleep(_POLL_SECONDS)
+        outcome = json.loads(self._store.get(f"{key}/outcome"))
+        self._store.set(f"{key}/{self.rank}", "ready")
+        if outcome.get("interrupted"):
+            raise Interrupted(outcome["error"])
+        if "error" in outcome:
+            raise PeerFailed(0, name, outcome["error"], outcome["kind"])
+        return outcome["value"]
+
+    def _stop_reader(self, key: str) -> Callable[[], bool]:
+        """``should_stop`` for the main process: its own flag, and at intervals everybody's."""
+        next_look = 0.0
+
+        def should_stop() -> bool:
+            nonlocal next_look
+            now = time.monotonic()
+            if not self.stop.requested and now >= next_look:
+                next_look = now + _FLAG_POLL_SECONDS
+                if self._store.check([f"{key}/stop"]):
+                    self.stop.request(f"a signal to rank {self._store.get(f'{key}/stop').decode()}")
+            return self.stop.requested
+
+        return should_stop
+
+    @contextmanager
+    def _heartbeat(self, key: str) -> Iterator[None]:
+        done = threading.Event()
+
+        def beat() -> None:
+            count = 0
+            while True:
+                count += 1
+                self._store.set(f"{key}/beat", str(count))
+                if done.wait(_HEARTBEAT_SECONDS):
+                    return
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _await_ranks(self, key: str, name: str) -> None:
+        """Poll until every rank has posted ``key/rank``; the timeout names those that did not."""
+        deadline = time.monotonic() + self.timeout
+        missing = [rank for rank in range(self.world_size) if rank != self.rank]
+        while missing:
+            missing = [rank for rank in missing if not self._store.check([f"{key}/{rank}"])]
+            if missing:
+                self._raise_announced(name)
+            if missing and time.monotonic() > deadline:
+                raise LostPeer(f"rank {missing} did not arrive at '{name}' within {self.timeout:g} s")
+            if missing:
+                time.sleep(_POLL_SECONDS / 5)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,72 @@
+"""Which parameter or activation was the first that is not finite: asked only when training has stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class NonFinite(RuntimeError):
+    """The loss or a gradient is NaN or infinite; the weights are those before that step.
+
+    Args:
+        step: 1-based number of the update that could not be made.
+        where: the first non-finite tensor.
+    """
+
+    def __init__(self, step: int, where: str) -> None:
+        self.step, self.where = step, where
+        super().__init__(
+            f"training stopped at step {step}: the loss or a gradient is not finite; first: {where}. "
+            "The last checkpoint is intact; a lower training.learning_rate or a look at that data may help"
+        )
+
+
+def first_bad_tensor(model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], torch.Tensor]) -> str | None:
+    """Name the first non-finite parameter, else activation, else loss, else gradient of one forward and backward.
+
+    Args:
+        model: unwrapped, so that no other rank takes part.
+        batch: the micro-batch to replay.
+        loss_fn: as the trainer's.
+
+    Returns:
+        Such as ``parameter blocks.0.attention.qkv.weight``, or None when everything is finite.
+    """
+    for name, parameter in model.named_parameters():
+        if not _finite(parameter):
+            return f"parameter {name}"
+    found: list[str] = []
+    handles = [module.register_forward_hook(_watch(name, found)) for name, module in model.named_modules() if name]
+    try:
+        model.zero_grad()
+        loss = loss_fn(model, batch)
+        if found:
+            return f"activation of {found[0]}"
+        if not _finite(loss):
+            return "loss"
+        torch.autograd.backward(loss)
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None and not _finite(parameter.grad):
+                return f"gradient of {name}"
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.zero_grad()
+    return None
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def _watch(name: str, found: list[str]) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        outputs = output if isinstance(output, tuple | list) else (output,)
+        if any(isinstance(o, torch.Tensor) and not _finite(o) for o in outputs):
+            found.append(name)
+
+    return hook

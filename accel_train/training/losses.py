@@ -1,0 +1,52 @@
+"""Loss functions: ``loss(model, batch) -> scalar``, mean over the batch's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def next_token_cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    """Mean cross-entropy of the targets, in nats per token.
+
+    Args:
+        model: maps inputs ``(batch, time)`` to logits ``(batch, time, vocab)``, or to an object
+            with such ``logits``.
+        batch: int64 ``(batch, time)`` pairs in one of three forms: ``(inputs, targets)`` or a
+            dictionary of ``inputs`` and ``targets``, where ``targets[:, t]`` follows
+            ``inputs[:, t]``; or a dictionary of ``input_ids`` and ``labels`` as transformers
+            defines them, where ``labels[:, t]`` stands at ``input_ids[:, t]`` and is shifted
+            here. A target of -100 is left out of the mean.
+
+    Raises:
+        TypeError: the batch has another form.
+    """
+    inputs, targets, shift = _split(batch)
+    output = model(inputs)
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    if shift:
+        logits, targets = logits[:, :-1], targets[:, 1:]
+    return functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+def _split(batch: Any) -> tuple[Tensor, Tensor, bool]:
+    """Inputs, targets, and whether the targets still have to be shifted."""
+    if isinstance(batch, Mapping):
+        if "inputs" in batch and "targets" in batch:
+            return batch["inputs"], batch["targets"], False
+        if "input_ids" in batch and "labels" in batch:
+            return batch["input_ids"], batch["labels"], True
+        found = f"a dictionary with {sorted(map(str, batch))}"
+    elif isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1], False
+    elif isinstance(batch, tuple | list):
+        found = f"a {type(batch).__name__} of {len(batch)} items"
+    else:
+        found = f"a {type(batch).__name__}"
+    raise TypeError(
+        f"next-token cross-entropy needs batches of (inputs, targets), {{'inputs', 'targets'}} or "
+        f"{{'input_ids', 'labels'}}, not {found}; let the dataset return one of these, or pass your own loss_fn"
+    )

@@ -1,0 +1,82 @@
+"""Signals and the launcher's death, turned into one flag that the loop reads between steps.
+
+Handlers only set the flag: everything that must happen on preemption (agreement between the
+ranks, checkpoint, record) happens at a step boundary. Schedulers often signal twice, so the
+handlers are idempotent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+# A launcher forwards the terminal's Ctrl-C to workers that already got it: two within this
+# time are one.
+_SAME_INTERRUPT_SECONDS = 1.0
+_PR_SET_PDEATHSIG = 1
+
+
+class StopSignal:
+    """A request to stop: set by SIGTERM, SIGUSR1, SIGUSR2 and the first SIGINT.
+
+    A second SIGINT, more than a second after the first, raises ``KeyboardInterrupt`` at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._interrupted_at: float | None = None
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process has been asked to stop."""
+        return self.signal_name is not None
+
+    def request(self, reason: str) -> None:
+        """Ask for a stop from inside the process."""
+        self.signal_name = self.signal_name or reason
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._interrupted_at is None:
+                self._interrupted_at = now
+            elif now - self._interrupted_at > _SAME_INTERRUPT_SECONDS:
+                raise KeyboardInterrupt
+        self.request(signal.Signals(number).name)
+
+    @contextmanager
+    def installed(self) -> Iterator[StopSignal]:
+        """Handle the stop signals inside the block; main thread only."""
+        previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def die_with_launcher(self) -> None:
+        """Under a launcher, ask the kernel (Linux) for SIGTERM when the launcher dies.
+
+        Without this a launcher killed with SIGKILL leaves its workers running. Not armed when
+        the script was started by hand, so that ``nohup`` and ``disown`` keep working.
+        """
+        if not _under_launcher() or not sys.platform.startswith("linux"):
+            return
+        parent = os.getppid()
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        # The launcher may have died before the request was registered.
+        if os.getppid() != parent or parent == 1:
+            self.request("death of the launcher")
+
+
+def _under_launcher() -> bool:
+    # `accelerate launch` sets the first for every worker, torchrun the second.
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ

@@ -1,0 +1,95 @@
+"""The Accelerator as this trainer needs it, and what decides the bits on this machine.
+
+Device, number of processes, precision, compilation and sharding are Accelerate's choice
+alone; here they are only checked, completed (timeouts, batch splitting) and described.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
+
+from accel_train.config import ConfigError, TrainingConfig
+
+
+def build_accelerator(
+    config: TrainingConfig, *, log_with: Sequence[str] = (), project_dir: Path | None = None
+) -> Accelerator:
+    """An Accelerator with our timeout, batch splitting and accumulation.
+
+    Raises:
+        ConfigError: the launched processes did not find each other, or cannot share a batch.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    config.check_world_size(world_size)
+    if config.deterministic:
+        # Read by cuBLAS when CUDA starts, so it must stand before the Accelerator does.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    accelerator = Accelerator(
+        dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=False),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
+        ),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_seconds))],
+        project_config=ProjectConfiguration(project_dir=str(project_dir) if project_dir else None),
+        log_with=list(log_with) or None,
+        rng_types=[],
+        step_scheduler_with_optimizer=True,
+    )
+    if accelerator.num_processes != world_size:
+        raise ConfigError(
+            "WORLD_SIZE",
+            world_size,
+            f"processes were launched but each sees {accelerator.num_processes}: they did not find each other; "
+            "on CPU set ACCELERATE_USE_CPU=true and launch with --multi_gpu --num_processes N",
+        )
+    if config.deterministic and accelerator.device.type == "cuda":
+        _make_deterministic()
+    return accelerator
+
+
+def _make_deterministic() -> None:
+    torch.use_deterministic_algorithms(True)
+    # Filling every fresh tensor costs launches and changes no result of a correct program.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
+    # One attention backend whatever the shapes: the choice must not differ between two runs.
+    torch.backends.cuda.enable_flash_sdp(True)
+    torch.backends.cuda.enable_math_sdp(True)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def arithmetic(accelerator: Accelerator) -> dict[str, str]:
+    """What changes the meaning of the arithmetic; a checkpoint of another one is refused."""
+    dynamo = getattr(accelerator.state, "dynamo_plugin", None)
+    return {
+        "mixed_precision": str(accelerator.mixed_precision),
+        "compilation": str(getattr(getattr(dynamo, "backend", None), "value", "NO")).lower(),
+        "sharding": "fsdp" if getattr(accelerator.state, "fsdp_plugin", None) is not None else "none",
+    }
+
+
+def machine(accelerator: Accelerator) -> dict[str, Any]:
+    """What else decides the bits: recorded, and a change between two launches is a warning."""
+    device = accelerator.device
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "num_processes": accelerator.num_processes,
+    }

@@ -1,0 +1,38 @@
+"""The learning rate over a run, as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+from accel_train.config import TrainingConfig
+
+
+def cosine_with_warmup(step: int, warmup_steps: int, total_steps: int, min_lr_ratio: float = 0.1) -> float:
+    """The factor on the peak learning rate for step ``step`` (counted from 0).
+
+    Linear warm-up ``(step + 1) / warmup_steps``, so that the first step already learns and the
+    last step of the warm-up is at the peak; then half a cosine (Loshchilov and Hutter 2017)
+    that is at ``min_lr_ratio`` in the last step, ``total_steps - 1``, and stays there after it.
+
+    Args:
+        step: number of steps already taken.
+        warmup_steps: steps of the warm-up; 0 starts at the peak.
+        total_steps: steps of the whole run.
+        min_lr_ratio: final factor.
+
+    Returns:
+        A factor in ``(0, 1]``, or ``min_lr_ratio`` where that is 0.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    # The peak is the warm-up's last step, or step 0 when there is none.
+    peak = max(warmup_steps - 1, 0)
+    progress = min((step - peak) / max(total_steps - 1 - peak, 1), 1.0)
+    return min_lr_ratio + (1.0 - min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
+    """Steps of the warm-up: ``config.warmup_steps`` if set, else ``config.warmup_ratio`` of the run, rounded."""
+    if config.warmup_steps is not None:
+        return config.warmup_steps
+    return round(config.warmup_ratio * total_steps)

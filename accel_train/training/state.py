@@ -1,0 +1,85 @@
+"""The training state: everything that must survive a kill and is not Accelerate's to save.
+
+One typed object, stored as JSON (``state.json``) and safetensors (``losses.safetensors``);
+never pickle. What comes next is a pure function of this object and the configuration.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+STATE_FILE = "state.json"
+LOSSES_FILE = "losses.safetensors"
+
+
+@dataclass
+class TrainingState:
+    """Where a run stands after ``step`` optimizer updates."""
+
+    step: int = 0
+    """Optimizer updates done."""
+    epoch: int = 0
+    """Index of the epoch in progress."""
+    step_in_epoch: int = 0
+    """Updates done in that epoch."""
+    tokens_seen: int = 0
+    """Tokens consumed by all ranks."""
+    fingerprint: int = 0
+    """Sum modulo 2**64 over every sample consumed: see ``data.order.fingerprint_terms``."""
+    train_loss: list[float] = field(default_factory=list)
+    """Mean loss of every step, over all ranks and micro-steps."""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """Every evaluation: step, epoch, and what the evaluator returned."""
+    evaluation_due: bool = False
+    """The evaluation that belongs to this step has not been done."""
+    keep_step: int | None = None
+    """Step of the checkpoint that rotation must keep: the first that passed the gate."""
+    stopped: bool = False
+    """The evaluator ended training before the budget was used."""
+    world_sizes: list[int] = field(default_factory=list)
+    """Number of processes of every launch so far."""
+    resumes: list[dict[str, Any]] = field(default_factory=list)
+    """Every resume: step, number of processes, and what differed."""
+    arithmetic: dict[str, str] = field(default_factory=dict)
+    """Precision, compilation and sharding in force: see ``runtime.arithmetic``."""
+    machine: dict[str, Any] = field(default_factory=dict)
+    """Device, threads and versions in force: see ``runtime.machine``."""
+
+    def save(self, directory: Path) -> list[Path]:
+        """Write the state into ``directory``; returns the files written."""
+        values = {k: v for k, v in asdict(self).items() if k != "train_loss"}
+        values["fingerprint"] = f"{self.fingerprint:016x}"
+        state_path, losses_path = directory / STATE_FILE, directory / LOSSES_FILE
+        state_path.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        save_file({"train_loss": torch.tensor(self.train_loss, dtype=torch.float64)}, losses_path)
+        return [state_path, losses_path]
+
+    @classmethod
+    def load(cls, directory: Path) -> TrainingState:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the files do not fit each other or this version.
+        """
+        values = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"{directory / STATE_FILE}: unknown fields {unknown}: written by a newer version?")
+        values["fingerprint"] = int(values["fingerprint"], 16)
+        losses = load_file(directory / LOSSES_FILE)["train_loss"].tolist()
+        state = cls(**values, train_loss=losses)
+        if len(losses) != state.step:
+            raise ValueError(f"{directory / LOSSES_FILE}: {len(losses)} losses for {state.step} steps")
+        return state
+
+    @property
+    def fingerprint_hex(self) -> str:
+        """The fingerprint as 16 hexadecimal digits."""
+        return f"{self.fingerprint:016x}"

@@ -1,0 +1,547 @@
+"""The loop: forward, loss, backward, clip, optimizer, scheduler, zero_grad - and nothing in between.
+
+Between two log boundaries the loop asks the device nothing: losses go into a buffer on the
+device, the order of the data is a pure function of (seed, epoch, step), and the agreement to
+stop is read one step late. What may differ between two ranks (a signal, a NaN, the verdict of
+an evaluation, the choice of a checkpoint) is agreed by all of them before anybody acts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device, set_seed
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from accel_train.config import CheckpointConfig, ConfigError, TrainingConfig, canonical_json, result_values
+from accel_train.data.loader import build_loader, count_tokens
+from accel_train.data.order import GlobalBatchSampler, fingerprint_terms
+from accel_train.interrupt import Interrupted
+from accel_train.training.callbacks import Callback, LoopState, overriding
+from accel_train.training.checkpoint import Checkpointer, CheckpointError
+from accel_train.training.coordination import Coordinator, LostPeer, PeerFailed
+from accel_train.training.diagnosis import NonFinite, first_bad_tensor
+from accel_train.training.hooks import Hooks
+from accel_train.training.losses import next_token_cross_entropy
+from accel_train.training.preemption import StopSignal
+from accel_train.training.runtime import arithmetic, build_accelerator, machine
+from accel_train.training.schedule import cosine_with_warmup, warmup_steps
+from accel_train.training.state import TrainingState
+
+log = logging.getLogger(__name__)
+
+LossFunction = Callable[[nn.Module, Any], torch.Tensor]
+Evaluator = Callable[[nn.Module, LoopState, Callable[[], bool]], dict[str, Any]]
+"""``evaluator(model, loop_state, should_stop)``: called on the main process with the unwrapped
+model; returns JSON values. ``"passed": True`` marks the checkpoint to keep, ``"stop": True`` ends
+training. It draws random numbers from generators of its own."""
+
+_MAX_WARM_UP_PASSES = 5
+_LOST_PEER_SIGNS = (
+    "connection closed",
+    "connection reset",
+    "timed out",
+    "broken pipe",
+    "nccl",
+    "gloo",
+    "recv operation",
+)
+
+
+class Preempted(Exception):
+    """Training was asked to stop; everything up to ``step`` is in a checkpoint if there is a run directory."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        self.step = step
+        super().__init__(f"stopped after step {step} ({reason})")
+
+
+class Trainer:
+    """Trains a model on a map-style dataset.
+
+        state = Trainer(model, dataset, TrainingConfig(max_epochs=3)).fit()
+
+    Args:
+        model: returns logits ``(batch, time, vocabulary)`` (or whatever ``loss_fn`` needs).
+        dataset: ``len()`` and ``[i]``, items ``(inputs, targets)`` or a dict; ``__getitems__(ids)``
+            may return a whole batch.
+        config: the loop's configuration.
+        loss_fn: ``loss_fn(model, batch)`` returns a scalar mean; default next-token cross-entropy.
+        evaluate: see :data:`Evaluator`; after every epoch, or every ``eval_interval`` steps, and at the end.
+        callbacks: see :class:`Callback`.
+        run_dir: where ``checkpoints/`` goes; ``fit`` resumes from there. None: nothing is written.
+        checkpoint: when and which checkpoints are kept.
+        seed: of the data order, dropout and everything else random in the loop.
+        hooks: forward and update hooks, already built.
+        config_hash: identifies the experiment in the manifest; default: the hash of ``config``, seed and size.
+        extra_files: small files stored in every checkpoint.
+        accelerator: as :func:`build_accelerator` returns it; default: built here.
+        coordinator: agreement between the ranks, whose stop flag somebody sets; default: made here, and
+            ``fit`` handles the stop signals itself when there is a run directory.
+
+    Raises:
+        ConfigError: the dataset is smaller than one batch, or the batch cannot be split.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Any,
+        config: TrainingConfig | None = None,
+        *,
+        loss_fn: LossFunction = next_token_cross_entropy,
+        evaluate: Evaluator | None = None,
+        callbacks: Sequence[Callback] = (),
+        run_dir: str | Path | None = None,
+        checkpoint: CheckpointConfig | None = None,
+        seed: int = 42,
+        hooks: Hooks | None = None,
+        config_hash: str | None = None,
+        extra_files: Mapping[str, bytes] | None = None,
+        accelerator: Accelerator | None = None,
+        coordinator: Coordinator | None = None,
+    ) -> None:
+        self.config = config or TrainingConfig()
+        self.checkpoint_config = checkpoint or CheckpointConfig()
+        self.seed = seed
+        self.accelerator = accelerator or build_accelerator(self.config)
+        self.state = TrainingState()
+        self.tokens_at_start = 0
+        self.seconds = {"training": 0.0, "evaluation": 0.0, "checkpoint": 0.0, "start": 0.0}
+        self._handles_signals = coordinator is None and run_dir is not None
+        self._coordinator = coordinator or Coordinator(StopSignal(), self.config.timeout_seconds)
+        self._stop = self._coordinator.stop
+        self._loss_fn = loss_fn
+        self._evaluate_fn = evaluate
+        self._hooks = hooks
+        self._callbacks = tuple(callbacks)
+        self._on_step_end = overriding(self._callbacks, "on_step_end")
+
+        self._plan(dataset)
+        self._prepare(model, dataset)
+
+        self._checkpointer: Checkpointer | None = None
+        if run_dir is not None:
+            identity = {**dict(result_values(self.config)), "seed": seed, "samples": len(dataset)}
+            self._checkpointer = Checkpointer(
+                Path(run_dir) / "checkpoints",
+                self.accelerator,
+                self._coordinator,
+                self.checkpoint_config,
+                config_hash=config_hash or hashlib.sha256(canonical_json(identity).encode()).hexdigest(),
+                seed=seed,
+                extra_files=extra_files,
+            )
+
+    def _plan(self, dataset: Any) -> None:
+        config, world = self.config, self._coordinator.world_size
+        config.check_world_size(world)
+        self.steps_per_epoch = len(dataset) // config.batch_size
+        if self.steps_per_epoch == 0:
+            raise ConfigError(
+                "training.batch_size",
+                config.batch_size,
+                f"is larger than the dataset of {len(dataset)} samples; use a smaller batch or more data",
+            )
+        budget = config.max_epochs * self.steps_per_epoch
+        self.total_steps = budget if config.max_steps == -1 else min(budget, config.max_steps)
+        self._accumulation = config.gradient_accumulation_steps
+        self._micro_batch = config.batch_size // self._accumulation
+        local = self._micro_batch // world
+        self._samples = len(dataset)
+        self._own_positions = self._coordinator.rank * local + np.arange(local, dtype=np.int64)
+
+    def _prepare(self, model: nn.Module, dataset: Any) -> None:
+        config = self.config
+        self._sampler = self._new_sampler()
+        self._dataset_loader = build_loader(dataset, self._sampler, num_workers=config.num_workers, seed=self.seed)
+        warm_up = warmup_steps(config, self.total_steps)
+
+        def lr_factor(step: int) -> float:
+            return cosine_with_warmup(step, warm_up, self.total_steps, config.min_lr_ratio)
+
+        self.loop_state = LoopState(
+            total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
+            schedule=lambda step: config.learning_rate * lr_factor(step),
+        )
+        optimizer = build_optimizer(model, config, self.accelerator.device)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
+        self.model, self._optimizer, self._scheduler, self._loader = self.accelerator.prepare(
+            model, optimizer, scheduler, self._dataset_loader
+        )
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        device = self.accelerator.device
+        capacity = (max(config.log_interval, 1) + 1) * self._accumulation
+        self._losses = torch.zeros(capacity, dtype=torch.float32, device=device)
+        self._recorded = 0
+        self._local_fingerprint = 0
+        self._position = 0
+        # With loss scaling an overflow is normal and the scaler skips the step by itself.
+        self._watches_norm = self.accelerator.scaler is None
+        self._freezes_on_device = self._watches_norm and device.type == "cuda"
+        self._frozen = torch.zeros((), dtype=torch.float32, device=device)
+        if self._freezes_on_device:
+            # The fused kernel skips its update while this is 1: no host decision, no sync.
+            self._optimizer.optimizer.found_inf = self._frozen
+
+    # -- the run ---------------------------------------------------------------------------
+
+    @property
+    def unwrapped_model(self) -> nn.Module:
+        """The model without Accelerate's and DDP's wrappers."""
+        model: nn.Module = self.accelerator.unwrap_model(self.model)
+        return model
+
+    def fit(self) -> TrainingState:
+        """Train to the end of the budget or until the evaluator stops, resuming from the run directory.
+
+        Raises:
+            Preempted: a stop signal; with a run directory the state has been saved.
+            NonFinite: the loss or a gradient is not finite.
+            LostPeer: another rank is gone.
+            CheckpointError: no usable checkpoint although there are some.
+        """
+        signals = self._stop.installed() if self._handles_signals else nullcontext()
+        with signals:
+            try:
+                with self._timed("start"):
+                    self._start()
+                for callback in self._callbacks:
+                    callback.on_train_start(self.loop_state)
+                self._train()
+                for callback in self._callbacks:
+                    callback.on_train_end(self.loop_state)
+            except RuntimeError as error:
+                if self._coordinator.world_size > 1 and _is_lost_peer(error):
+                    raise LostPeer(f"another rank is gone: {str(error).strip().splitlines()[0]}") from error
+                raise
+            finally:
+                if self._hooks is not None:
+                    self._hooks.close()
+        return self.state
+
+    def _start(self) -> None:
+        """Warm DDP's buckets up, then load the newest checkpoint or seed a fresh start."""
+        if self._coordinator.world_size > 1:
+            self._warm_up_buckets()
+        restored = self._checkpointer.load() if self._checkpointer is not None else None
+        in_force, here = arithmetic(self.accelerator), machine(self.accelerator)
+        if restored is None:
+            self.state = TrainingState(arithmetic=in_force, machine=here)
+            # Dropout must differ between ranks; weights are already equal.
+            set_seed(self.seed, device_specific=True)
+        else:
+            self.state = restored
+            self._note_resume(in_force, here)
+        self.tokens_at_start = self.state.tokens_seen
+        self.state.world_sizes.append(self._coordinator.world_size)
+        self.loop_state.step, self.loop_state.epoch = self.state.step, self.state.epoch
+        self._position = self.state.epoch * self.steps_per_epoch * self.config.batch_size
+        self._position += self.state.step_in_epoch * self.config.batch_size
+
+    def _note_resume(self, in_force: dict[str, str], here: dict[str, Any]) -> None:
+        state = self.state
+        for name, value in in_force.items():
+            if state.arithmetic.get(name) != value:
+                raise CheckpointError(
+                    f"the checkpoint of step {state.step} was trained with {name} = {state.arithmetic.get(name)!r}, "
+                    f"this launch has {value!r}; launch it as before, or start over with --fresh"
+                )
+        changes = {k: [state.machine.get(k), v] for k, v in here.items() if state.machine.get(k) != v}
+        for name, (before, now) in changes.items():
+            log.warning("resuming with %s = %r instead of %r: the bits may differ", name, now, before)
+        world = self._coordinator.world_size
+        state.resumes.append({"step": state.step, "world_size": world, "changes": changes})
+        if world > state.machine.get("num_processes", world):
+            log.warning("ranks that are new start with random states derived from seed, step and rank")
+        state.machine = here
+        log.info("resumed at step %d", state.step)
+
+    def _warm_up_buckets(self) -> None:
+        """Throwaway backwards until DDP has rebuilt its buckets.
+
+        The first backward of a process sums gradients in another order than all later ones; after
+        this, the first one that counts is a later one, in a fresh run and in a resumed one alike.
+        """
+        buffers = [(b, b.detach().clone()) for b in self.unwrapped_model.buffers()]
+        batch = self._batch_of(0, 0)
+        self.model.train()
+        for done in range(_MAX_WARM_UP_PASSES):
+            self.accelerator.backward(self._loss_fn(self.model, batch))
+            self._optimizer.zero_grad()
+            if done >= 1 and _buckets_are_rebuilt(self.model):
+                break
+        for live, saved in buffers:
+            live.copy_(saved)
+
+    def _new_sampler(self) -> GlobalBatchSampler:
+        return GlobalBatchSampler(
+            self._samples, self._micro_batch, self.seed, self.steps_per_epoch * self._accumulation
+        )
+
+    def _batch_of(self, epoch: int, micro_step: int) -> Any:
+        """This rank's slice of a micro-step's batch, on the device, outside the loader."""
+        sampler = self._new_sampler()
+        sampler.seek(epoch, micro_step)
+        ids = next(iter(sampler))[self._own_positions]
+        _, batch = self._dataset_loader.dataset.__getitems__(ids)  # type: ignore[attr-defined]
+        return send_to_device(batch, self.accelerator.device)
+
+    def _train(self) -> None:
+        state = self.state
+        self.model.train()
+        self._log_mark = (time.perf_counter(), state.step, state.tokens_seen)
+        if state.evaluation_due:
+            self._evaluate_and_commit()
+        while state.step < self.total_steps and not state.stopped:
+            with self._timed("training"):
+                self._run_epoch()
+            if not state.stopped:
+                self._evaluate_and_commit()
+
+    def _run_epoch(self) -> None:
+        """Steps up to the end of the epoch, of the budget, or until an evaluation stops training."""
+        state = self.state
+        self._sampler.seek(state.epoch, state.step_in_epoch * self._accumulation)
+        for ids, batch in self._loader:
+            if self._micro_step(ids, batch) and self._end_step():
+                break
+        if state.step_in_epoch == self.steps_per_epoch:
+            state.epoch, state.step_in_epoch = state.epoch + 1, 0
+            self.loop_state.epoch = state.epoch
+        state.evaluation_due = not state.stopped
+
+    def _micro_step(self, ids: np.ndarray[Any, np.dtype[np.int64]], batch: Any) -> bool:
+        """One forward and backward; returns whether it completed a step."""
+        accelerator = self.accelerator
+        with accelerator.accumulate(self.model):
+            loss = self._loss_fn(self.model, batch)
+            value = loss.detach()
+            self._losses[self._recorded] = value
+            if self._coordinator.world_size > 1:
+                # Times 1 exactly, or NaN: a loss that is not finite reaches every rank's gradients.
+                loss = loss * (value * 0 + 1)
+            accelerator.backward(loss)
+            completed = bool(accelerator.sync_gradients)
+            if completed:
+                self._update(value)
+        self._recorded += 1
+        self._local_fingerprint += fingerprint_terms(self._position + self._own_positions, ids)
+        self._position += self._micro_batch
+        self.state.tokens_seen += count_tokens(batch) * self._coordinator.world_size
+        return completed
+
+    def _update(self, loss: torch.Tensor) -> None:
+        if self._hooks:
+            self._hooks.apply_update(self.state.step, self._parameters)
+        norm = self.accelerator.clip_grad_norm_(self._parameters, self.config.max_grad_norm or math.inf)
+        self.loop_state._loss, self.loop_state._grad_norm = loss, norm
+        if self._freezes_on_device:
+            self._frozen.masked_fill_((norm + loss).isfinite().logical_not_(), 1.0)
+        elif self._watches_norm and not math.isfinite(float(norm) + float(loss)):
+            # On CPU reading costs nothing; the norm is that of the summed gradients, equal on all ranks.
+            raise self._non_finite(self.state.step)
+        self._optimizer.step()
+        self._scheduler.step()
+        self._optimizer.zero_grad()
+
+    def _end_step(self) -> bool:
+        """Bookkeeping of a step; returns whether training ends inside this epoch."""
+        state, config, loop = self.state, self.config, self.loop_state
+        state.step += 1
+        state.step_in_epoch += 1
+        loop.step = state.step
+        for call in self._on_step_end:
+            call(loop)
+        if state.step % config.log_interval == 0:
+            self._log()
+        if state.step_in_epoch == self.steps_per_epoch or state.step == self.total_steps:
+            return state.step == self.total_steps
+        if config.eval_interval is not None and state.step % config.eval_interval == 0:
+            state.evaluation_due = True
+            self._evaluate_and_commit()
+            if state.stopped:
+                return True
+        every = self.checkpoint_config.every_steps
+        if every is not None and state.step % every == 0:
+            self._commit()
+        if self._coordinator.poll():
+            self._preempt()
+        return False
+
+    # -- evaluation, checkpoints, stopping -------------------------------------------------
+
+    def _evaluate_and_commit(self) -> None:
+        """The evaluation that is due, its verdict to all ranks, the checkpoint, the callbacks."""
+        state, loop, interval = self.state, self.loop_state, self.config.eval_interval
+        self._flush()
+        if self._coordinator.drain():
+            self._preempt()
+        is_last = state.step == self.total_steps
+        epoch_ended = state.step_in_epoch == 0 or is_last
+        done = bool(state.evaluations) and state.evaluations[-1]["step"] == state.step
+        wanted = interval is None or state.step % interval == 0 or is_last
+        if self._evaluate_fn is not None and wanted and not done:
+            verdict = self._run_evaluator()
+            evaluation = {"step": state.step, "epoch": state.epoch, **verdict}
+            state.evaluations.append(evaluation)
+            state.stopped = bool(verdict.get("stop"))
+            if verdict.get("passed") and state.keep_step is None:
+                state.keep_step = state.step
+            for callback in self._callbacks:
+                callback.on_evaluate(loop, evaluation)
+        state.evaluation_due = False
+        if epoch_ended or state.stopped or state.keep_step == state.step:
+            self._commit()
+        if epoch_ended:
+            for callback in self._callbacks:
+                callback.on_epoch_end(loop)
+
+    def _run_evaluator(self) -> dict[str, Any]:
+        assert self._evaluate_fn is not None
+        evaluate, model = self._evaluate_fn, self.unwrapped_model
+        with self._timed("evaluation"):
+            try:
+                verdict = self._coordinator.main_phase(
+                    "evaluation", lambda should_stop: evaluate(model, self.loop_state, should_stop)
+                )
+            except Interrupted:
+                self._preempt()
+        self.model.train()
+        return dict(verdict)
+
+    def _commit(self) -> None:
+        self._flush()
+        if self._checkpointer is None:
+            return
+        with self._timed("checkpoint"):
+            path = self._checkpointer.save(self.state)
+        for callback in self._callbacks:
+            callback.on_checkpoint(self.loop_state, path)
+
+    def _preempt(self) -> None:
+        self._commit()
+        raise Preempted(self.state.step, self._stop.signal_name or "a signal to another rank")
+
+    # -- losses and logs -------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        """Bring the losses and the fingerprint of all ranks to the host: the loop's only sync.
+
+        Raises:
+            NonFinite: on all ranks, when a loss is not finite or an update was skipped.
+        """
+        if self._recorded == 0:
+            return
+        world = self._coordinator.world_size
+        losses = self._losses[: self._recorded]
+        prints = torch.tensor([_as_signed(self._local_fingerprint)], device=losses.device)
+        if world > 1:
+            losses, prints = self.accelerator.gather(losses), self.accelerator.gather(prints)
+        table = losses.cpu().numpy().astype(np.float64).reshape(world, -1, self._accumulation)
+        # Summed in rank order on the host: the order of an all-reduce depends on its length.
+        per_step = np.zeros(table.shape[1])
+        for rank in range(world):
+            for micro_step in range(self._accumulation):
+                per_step += table[rank, :, micro_step]
+        per_step /= world * self._accumulation
+        self.state.fingerprint = (self.state.fingerprint + sum(int(p) for p in prints.tolist())) % 2**64
+        self.state.train_loss.extend(per_step.tolist())
+        self._recorded, self._local_fingerprint = 0, 0
+        bad = np.flatnonzero(~np.isfinite(per_step))
+        if bad.size:
+            raise self._non_finite(len(self.state.train_loss) - per_step.size + int(bad[0]))
+        if self._freezes_on_device and float(self._frozen):
+            raise self._non_finite(len(self.state.train_loss) - per_step.size)
+
+    def _log(self) -> None:
+        self._flush()
+        state, loop = self.state, self.loop_state
+        started, _, tokens = self._log_mark
+        now = time.perf_counter()
+        line = {
+            "step": state.step,
+            "epoch": state.epoch,
+            "loss": float(np.mean(state.train_loss[-self.config.log_interval :])),
+            "lr": loop.lr,
+            "grad_norm": loop.grad_norm,
+            "tokens_seen": state.tokens_seen,
+            "tokens_per_second": (state.tokens_seen - tokens) / max(now - started, 1e-9),
+        }
+        if self._hooks:
+            line.update(self._hooks.scalars())
+        for callback in self._callbacks:
+            callback.on_log(loop, line)
+        self._log_mark = (time.perf_counter(), state.step, state.tokens_seen)
+
+    def _non_finite(self, step: int) -> NonFinite:
+        """Replay the batch of update ``step`` (0-based) on every rank and name what is not finite."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        finding: str | None = None
+        for micro_step in range(self._accumulation):
+            batch = self._batch_of(epoch, within * self._accumulation + micro_step)
+            finding = finding or first_bad_tensor(self.unwrapped_model, batch, self._loss_fn)
+        findings = self._coordinator.gather("diagnosis of a non-finite loss", finding)
+        rank, first = next(((r, f) for r, f in enumerate(findings) if f), (0, None))
+        where = f"{first} on rank {rank}" if first else "nothing non-finite in a replay of its batch"
+        return NonFinite(step + 1, where)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        """Add the block's seconds to ``phase``; time inside a nested phase counts for that one only."""
+        before, started = sum(self.seconds.values()), time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - started
+            nested = sum(self.seconds.values()) - before
+            self.seconds[phase] += elapsed - nested
+            if phase != "training" and hasattr(self, "_log_mark"):
+                start, step, tokens = self._log_mark
+                self._log_mark = (start + elapsed, step, tokens)
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW, fused where the device has the kernel; weight decay on all parameters or on matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if config.weight_decay_on == "matrices":
+        groups = [
+            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        ]
+    else:
+        groups = [{"params": trained, "weight_decay": config.weight_decay}]
+    return torch.optim.AdamW(
+        groups,
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        fused=device.type in {"cpu", "cuda"},
+    )
+
+
+def _buckets_are_rebuilt(model: nn.Module) -> bool:
+    read = getattr(model, "_get_ddp_logging_data", dict) if isinstance(model, DistributedDataParallel) else dict
+    return bool(read().get("has_rebuilt_buckets", True))
+
+
+def _as_signed(value: int) -> int:
+    value %= 2**64
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    ours = isinstance(error, LostPeer | NonFinite | CheckpointError | PeerFailed)
+    return not ours and any(sign in str(error).lower() for sign in _LOST_PEER_SIGNS)

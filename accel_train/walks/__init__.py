@@ -1,0 +1,1 @@
+"""Ground truth: block-model graphs, jumper rules, walks that obey them, and the scorer."""

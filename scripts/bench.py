@@ -1,0 +1,176 @@
+#!/usr/bin/env python3
+"""Benchmarks: ``scripts/bench.py NAME`` prints a table of figures, with ``--json`` one JSON object.
+
+Competitors run in turns with our code in the same process, and medians are reported: on a
+shared machine only such pairs can be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accel_train.config import GraphConfig, ModelConfig, RulesConfig
+from accel_train.model.generation import generate
+from accel_train.model.transformer import TransformerLM
+from accel_train.walks.compliance import Compliance, score
+from accel_train.walks.generator import generate_walks
+from accel_train.walks.graph import generate_graph
+from accel_train.walks.rules import designate_rules
+
+Figures = dict[str, Any]
+
+
+def median_seconds(rounds: int, **runs: Callable[[], object]) -> dict[str, float]:
+    """Median seconds of each run over interleaved rounds, after one round of warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for round_number in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if round_number:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def bench_generate() -> Figures:
+    """Greedy generation of 1000 sequences of 64 tokens with the anchor model (goal: at most 4 s)."""
+    num, length, prompt_length, vocab_size = 1000, 64, 8, 500
+    config = ModelConfig()
+    torch.manual_seed(0)
+    model = TransformerLM(config, vocab_size)
+    prompts = torch.randint(vocab_size, (num, prompt_length))
+    runs: dict[str, Callable[[], object]] = {"ours": lambda: generate(model, prompts, length)}
+    if importlib.util.find_spec("transformers") is not None:
+        from transformers import GPT2Config, GPT2LMHeadModel  # noqa: PLC0415  (slow to import, and optional)
+
+        peer: Any = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=vocab_size,
+                n_positions=config.max_seq_len,
+                n_embd=config.d_model,
+                n_layer=config.n_layers,
+                n_head=config.n_heads,
+                bos_token_id=None,
+                eos_token_id=None,
+                tie_word_embeddings=False,
+            )
+        )
+        peer.eval()
+        mask = torch.ones_like(prompts)
+        options = {"max_length": length, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+        runs["transformers"] = lambda: peer.generate(prompts, attention_mask=mask, **options)
+    seconds = median_seconds(3, **runs)
+    figures: Figures = {
+        "sequences": num,
+        "length": length,
+        "prompt_length": prompt_length,
+        "parameters": model.num_parameters,
+        "seconds": seconds["ours"],
+        "tokens_per_second": num * (length - prompt_length) / seconds["ours"],
+    }
+    if "transformers" in seconds:
+        figures["transformers_seconds"] = seconds["transformers"]
+        figures["ratio_to_transformers"] = seconds["ours"] / seconds["transformers"]
+    return figures
+
+
+def bench_corpus() -> Figures:
+    """A corpus of 200,000 walks of 256 on the anchor graph (goal: at most 4.8 s and 1 GB)."""
+    num, length, original_seconds = 200_000, 256, 72.0
+    context_length = ModelConfig().max_seq_len
+    graph = generate_graph(GraphConfig(), seed=42)
+    rules = designate_rules(graph, RulesConfig(), context_length, seed=42)
+    result = generate_walks(graph, rules, 1, length, seed=0)
+
+    def build() -> None:
+        nonlocal result
+        result = generate_walks(graph, rules, num, length, seed=42)
+
+    seconds = median_seconds(3, build=build)["build"]
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    judged: list[Compliance] = []
+    score_seconds = median_seconds(1, score=lambda: judged.append(score(result.walks, graph, rules)))["score"]
+    return {
+        "walks": num,
+        "length": length,
+        "seconds": seconds,
+        "ratio_to_original": seconds / original_seconds,
+        "peak_rss_mb": peak_kib * 1024 / 1e6,
+        "acceptance": result.acceptance,
+        "score_seconds": score_seconds,
+        "edge_compliance": judged[-1].edge_compliance,
+        "rule_compliance": judged[-1].rule_compliance,
+        "rule_checks": judged[-1].rule_checks,
+    }
+
+
+BENCHMARKS: dict[str, Callable[[], Figures]] = {
+    "corpus": bench_corpus,
+    "generate": bench_generate,
+}
+
+
+def machine() -> Figures:
+    """What the figures depend on."""
+    packages = ("torch", "accelerate", "numpy", "transformers")
+    installed = [name for name in packages if importlib.util.find_spec(name) is not None]
+    return {
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in installed},
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def table(figures: Figures) -> str:
+    """Names and values in two aligned columns."""
+    width = max(map(len, figures))
+    return "\n".join(
+        f"{name:<{width}}  {f'{value:,.3f}' if isinstance(value, float) else value}" for name, value in figures.items()
+    )
+
+
+def main() -> None:
+    summaries = [f"  {name:<10} {(run.__doc__ or '').splitlines()[0]}" for name, run in BENCHMARKS.items()]
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="benchmarks:\n" + "\n".join(summaries),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", metavar="NAME", choices=BENCHMARKS, help="benchmark to run: " + ", ".join(BENCHMARKS))
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    arguments = parser.parse_args()
+    figures = BENCHMARKS[arguments.name]()
+    if arguments.json:
+        print(json.dumps({"benchmark": arguments.name, "figures": figures, "machine": machine()}, indent=2))
+    else:
+        print(table(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+import pytest
+import torch
+from torch import nn
+
+from accel_train.config import ModelConfig
+from accel_train.interrupt import Interrupted
+from accel_train.model.generation import _PlainLogits, _sample, generate
+from accel_train.model.transformer import TransformerLM
+
+VOCAB, CONTEXT = 11, 12
+
+
+def tiny(positions="learned", dropout=0.0):
+    torch.manual_seed(0)
+    config = ModelConfig(d_model=16, n_layers=2, n_heads=2, max_seq_len=CONTEXT, positions=positions, dropout=dropout)
+    model = TransformerLM(config, VOCAB).double()
+    with torch.no_grad():
+        for parameter in model.parameters():  # Far from uniform, so that outputs differ between prompts.
+            parameter.mul_(8)
+    return model
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def some_prompts(num=6, length=3):
+    return torch.randint(VOCAB, (num, length), generator=seeded(1))
+
+
+class CacheFree(nn.Module):
+    """A model that offers nothing but a forward pass and its context."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, tokens):
+        return self.model(tokens)
+
+
+class Bigram(nn.Module):
+    """Logits of the next token from the last one alone."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = nn.Parameter(table)
+
+    def forward(self, tokens):
+        return self.table[tokens]
+
+
+class TestGreedy:
+    @pytest.mark.parametrize("positions", ["learned", "rotary"])
+    @pytest.mark.parametrize("length", [CONTEXT, CONTEXT + 1, 3 * CONTEXT])
+    def test_cached_and_cache_free_outputs_agree(self, positions, length):
+        model, prompts = tiny(positions), some_prompts()
+        cached, plain = generate(model, prompts, length), generate(CacheFree(model), prompts, length)
+        assert len(torch.unique(cached, dim=0)) > 3
+        assert torch.equal(cached, plain)
+
+    def test_every_token_is_the_most_likely_one(self):
+        model = tiny()
+        tokens = generate(model, some_prompts(), CONTEXT)
+        assert torch.equal(tokens[:, 3:], model(tokens)[:, 2:-1].argmax(-1))
+
+    def test_the_prompt_stands_in_front(self):
+        prompts = some_prompts()
+        tokens = generate(tiny(), prompts, 9)
+        assert tokens.dtype == torch.int64
+        assert tokens.shape == (6, 9)
+        assert torch.equal(tokens[:, :3], prompts)
+
+    def test_a_prompt_of_full_length_comes_back(self):
+        prompts = some_prompts(length=5)
+        assert torch.equal(generate(tiny(), prompts, 5), prompts)
+
+    @pytest.mark.parametrize("batch_size", [1, 4, 6, 100])
+    def test_the_size_of_batches_does_not_matter(self, batch_size):
+        model, prompts = tiny(), some_prompts()
+        assert torch.equal(generate(model, prompts, 9, batch_size=batch_size), generate(model, prompts, 9))
+
+    def test_equals_go_to_the_lowest_id(self):
+        table = torch.zeros(VOCAB, VOCAB)
+        table[:, [4, 7]] = 1.0
+        assert generate(Bigram(table), some_prompts(), 6)[:, 3:].eq(4).all()
+
+    def test_works_for_a_bigram_model(self):
+        successor = torch.roll(torch.eye(VOCAB), 1, dims=1)
+        assert generate(Bigram(successor), torch.tensor([[8]]), 6).tolist() == [[8, 9, 10, 0, 1, 2]]
+
+    def test_no_prompts_give_no_tokens(self):
+        assert generate(tiny(), some_prompts(num=0), 9).shape == (0, 9)
+
+
+class TestWindow:
+    def test_past_the_context_the_last_half_is_read_again(self):
+        starts = []
+
+        class Watched(CacheFree):
+            def forward(self, tokens):
+                starts.append(tokens.shape[1])
+                return super().forward(tokens)
+
+        generate(Watched(tiny()), some_prompts(1, 10), 22)
+        assert starts == [10, 11, 12, 6, 7, 8, 9, 10, 11, 12, 6, 7]
+
+    def test_a_prompt_longer_than_the_context_is_cut_to_its_last_half(self):
+        model, prompts = tiny(), some_prompts(length=20)
+        assert torch.equal(generate(model, prompts, 24)[:, 20:], generate(model, prompts[:, -6:], 10)[:, 6:])
+
+
+class TestSampling:
+    def test_the_same_seed_gives_the_same_tokens(self):
+        def sample(seed):
+            return generate(tiny(), some_prompts(), 9, temperature=1.0, generator=seeded(seed))
+
+        assert torch.equal(sample(3), sample(3))
+        assert not torch.equal(sample(3), sample(4))
+
+    @pytest.mark.parametrize("batch_size", [1, 4])
+    def test_the_size_of_batches_does_not_matter(self, batch_size):
+        def sample(size):
+            return generate(tiny(), some_prompts(), 9, temperature=1.0, generator=seeded(), batch_size=size)
+
+        assert torch.equal(sample(batch_size), sample(None))
+
+    def test_follows_the_distribution(self):
+        probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
+        model = Bigram(probabilities.log().expand(4, 4).clone())
+        tokens = generate(model, torch.zeros(20_000, 1, dtype=torch.int64), 2, temperature=1.0, generator=seeded())
+        found = torch.bincount(tokens[:, 1], minlength=4) / 20_000
+        assert found[1] == 0
+        torch.testing.assert_close(found, probabilities, rtol=0, atol=0.015)
+
+    def test_temperature_sharpens(self):
+        model = Bigram(torch.tensor([[0.0, 1.0]]).expand(2, 2).clone())
+        prompts = torch.zeros(2000, 1, dtype=torch.int64)
+
+        def share(temperature):
+            tokens = generate(model, prompts, 2, temperature=temperature, generator=seeded())
+            return tokens[:, 1].double().mean().item()
+
+        assert share(1.0) == pytest.approx(0.731, abs=0.03)
+        assert share(0.25) == pytest.approx(0.982, abs=0.015)
+
+    @pytest.mark.parametrize(("draw", "token"), [(0.0, 1), (0.5, 3), (1 - 2**-53, 3)])
+    def test_a_token_of_no_probability_is_never_taken(self, draw, token):
+        logits = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).log()
+        assert _sample(logits, torch.tensor([draw], dtype=torch.float64)).item() == token
+
+
+class TestSideEffects:
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_the_global_random_state_is_untouched(self, temperature):
+        model = tiny(dropout=0.5)
+        before = torch.get_rng_state()
+        generate(model, some_prompts(), 9, temperature=temperature, generator=seeded())
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_dropout_is_off_and_every_mode_is_restored(self):
+        model = tiny(dropout=0.5)
+        model.blocks[0].eval()
+        modes = [module.training for module in model.modules()]
+        assert torch.equal(generate(model, some_prompts(), 9), generate(model, some_prompts(), 9))
+        assert [module.training for module in model.modules()] == modes
+
+    def test_modes_are_restored_after_an_interruption(self):
+        model = tiny()
+        with pytest.raises(Interrupted):
+            generate(model, some_prompts(), 9, should_stop=lambda: True)
+        assert all(module.training for module in model.modules())
+
+    def test_no_graph_is_built_and_the_result_can_be_trained_on(self):
+        model = tiny()
+        tokens = generate(model, some_prompts(), 9)
+        model(tokens).sum().backward()
+        assert not tokens.is_inference()
+
+    def test_the_prompts_are_not_written_to(self):
+        prompts = some_prompts()
+        before = prompts.clone()
+        generate(tiny(), prompts, 9)
+        assert torch.equal(prompts, before)
+
+
+def test_is_asked_to_stop_before_every_token():
+    calls = []
+    generate(tiny(), some_prompts(), 9, batch_size=3, should_stop=lambda: bool(calls.append(None)))
+    assert len(calls) == 2 * 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"length": 2}, "length = 2 is shorter than the prompts of 3 tokens"),
+        ({"temperature": 1.0}, "needs a generator"),
+        ({"temperature": -1.0}, "must not be negative"),
+        ({"temperature": float("nan")}, "must not be negative"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"prompts": torch.zeros(3, dtype=torch.int64)}, "prompts must be"),
+        ({"prompts": torch.zeros(3, 0, dtype=torch.int64)}, "at least one token"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny(), **{"prompts": some_prompts(), "length": 9, **arguments})
+
+
+def test_the_cache_free_path_reads_what_hugging_face_models_return():
+    class Output:
+        logits = torch.zeros(1, 2, VOCAB)
+
+    assert _PlainLogits(lambda tokens: Output, some_prompts(1, 2))(2).shape == (1, VOCAB)

@@ -1,0 +1,262 @@
+"""Agreement between ranks, in real processes over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from accel_train.training.coordination import Coordinator
+from accel_train.training.preemption import StopSignal
+
+PRELUDE = """
+import json, os, signal, sys, time
+from datetime import timedelta
+import torch.distributed as dist
+from accel_train.interrupt import Interrupted
+from accel_train.training.coordination import Coordinator, LostPeer, PeerFailed
+from accel_train.training.preemption import StopSignal
+dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+rank = dist.get_rank()
+stop = StopSignal()
+TIMEOUT = float(os.environ.get("TIMEOUT", "20"))
+coordinator = Coordinator(stop, TIMEOUT)
+def report(**values):
+    print(json.dumps(values), flush=True)
+with stop.installed():
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(body: str, world: int, **env: str) -> list[subprocess.Popen]:
+    code = PRELUDE + "\n".join("    " + line for line in body.strip().splitlines())
+    port = str(free_port())
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, "RANK": str(r), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": port, "OMP_NUM_THREADS": "1", **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(world)
+    ]  # fmt: skip
+
+
+def finish(processes: list[subprocess.Popen], timeout: float = 60) -> list[list[dict]]:
+    outputs = []
+    for process in processes:
+        out, err = process.communicate(timeout=timeout)
+        assert process.returncode == 0, err
+        outputs.append([json.loads(line) for line in out.splitlines()])
+    return outputs
+
+
+def test_one_process_needs_no_agreement():
+    stop = StopSignal()
+    coordinator = Coordinator(stop, 1.0)
+    assert not coordinator.poll()
+    assert coordinator.main_phase("work", lambda should_stop: should_stop()) is False
+    stop.request("test")
+    assert coordinator.poll()
+    assert coordinator.drain()
+    assert coordinator.gather("x", 3) == [3]
+
+
+def test_a_flag_on_one_rank_stops_all_at_the_same_step():
+    body = """
+for step in range(1000):
+    if step == 5 and rank == 1:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    if coordinator.poll():
+        break
+report(step=step)
+"""
+    outputs = finish(start(body, 3))
+    assert outputs == [[{"step": 6}]] * 3
+
+
+def test_the_result_of_a_main_only_phase_reaches_every_rank():
+    body = """
+ran = []
+value = coordinator.main_phase("work", lambda should_stop: ran.append(1) or {"answer": 42})
+report(value=value, ran=len(ran))
+"""
+    outputs = finish(start(body, 2))
+    assert outputs == [[{"value": {"answer": 42}, "ran": 1}], [{"value": {"answer": 42}, "ran": 0}]]
+
+
+def test_gather_returns_all_values_in_rank_order():
+    outputs = finish(start('report(values=coordinator.gather("x", rank * 10))', 3))
+    assert outputs == [[{"values": [0, 10, 20]}]] * 3
+
+
+def test_a_signal_to_a_waiting_rank_interrupts_the_main_process():
+    body = """
+def work(should_stop):
+    started = time.monotonic()
+    while not should_stop():
+        assert time.monotonic() - started < 15, "the flag never arrived"
+        time.sleep(0.01)
+    raise Interrupted("stopped")
+if rank == 1:
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+try:
+    coordinator.main_phase("work", work)
+except Interrupted:
+    report(interrupted=True, after=coordinator.gather("after", rank))
+"""
+    outputs = finish(start(body, 2))
+    assert outputs == [[{"interrupted": True, "after": [0, 1]}]] * 2
+
+
+def test_an_error_of_the_main_process_ends_the_others_too():
+    body = """
+def work(should_stop):
+    raise ValueError("no such graph")
+try:
+    coordinator.main_phase("corpus", work)
+except Exception as error:
+    report(kind=type(error).__name__, text=str(error))
+"""
+    main, other = finish(start(body, 2))
+    assert main == [{"kind": "ValueError", "text": "no such graph"}]
+    assert other == [{"kind": "PeerFailed", "text": "rank 0 failed (waiting for 'corpus'): ValueError: no such graph"}]
+
+
+def test_a_failure_of_another_rank_is_heard_while_waiting():
+    body = """
+try:
+    if rank == 1:
+        error = OSError("disk full")
+        coordinator.announce_failure(error)
+        report(left=True)
+    else:
+        coordinator.barrier("checkpoint files")
+except PeerFailed as error:
+    report(text=str(error), kind=error.kind)
+time.sleep(1)
+"""
+    main, other = finish(start(body, 2))
+    assert main == [{"text": "rank 1 failed (waiting for 'checkpoint files'): OSError: disk full", "kind": "OSError"}]
+    assert other == [{"left": True}]
+
+
+def test_a_missing_rank_is_named_when_the_wait_is_over():
+    body = """
+try:
+    if rank != 2:
+        coordinator.barrier("checkpoint files")
+    else:
+        time.sleep(3)
+except LostPeer as error:
+    report(text=str(error))
+time.sleep(2)
+"""
+    outputs = finish(start(body, 3, TIMEOUT="1.5"))
+    expected = "rank [2] did not arrive at 'checkpoint files' within 1.5 s"
+    assert outputs == [[{"text": expected}], [{"text": expected}], []]
+
+
+def test_a_killed_peer_is_noticed_at_the_next_agreement():
+    body = """
+steps = 0
+try:
+    while True:
+        assert not coordinator.poll()
+        steps += 1
+        if steps == 3:
+            report(going=True)
+        time.sleep(0.01)
+except LostPeer as error:
+    report(lost=str(error)[:20])
+    sys.stdout.flush()
+    os._exit(0)
+"""
+    survivor, victim = start(body, 2)
+    assert json.loads(victim.stdout.readline()) == {"going": True}
+    victim.kill()
+    out, err = survivor.communicate(timeout=60)
+    assert victim.wait() == -signal.SIGKILL
+    assert survivor.returncode == 0, err
+    assert json.loads(out.splitlines()[-1]) == {"lost": "another rank is gone"}
+
+
+def in_child(code: str, *, env: dict[str, str] | None = None) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
+def test_every_stop_signal_sets_the_flag_and_twice_is_once(number):
+    stop = StopSignal()
+    with stop.installed():
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        deadline = time.monotonic() + 5
+        while not stop.requested:
+            assert time.monotonic() < deadline
+    assert stop.signal_name == signal.Signals(number).name
+
+
+def test_a_second_interrupt_stops_at_once(monkeypatch):
+    stop = StopSignal()
+    clock = iter([10.0, 12.0])
+    monkeypatch.setattr("accel_train.training.preemption.time.monotonic", lambda: next(clock))
+    with stop.installed():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pause()
+
+
+ORPHAN = """
+import os, subprocess, sys, time
+worker = '''
+import sys, time
+from accel_train.training.preemption import StopSignal
+stop = StopSignal()
+with stop.installed():
+    stop.die_with_launcher()
+    print("armed", flush=True)
+    deadline = time.monotonic() + float(sys.argv[1])
+    while time.monotonic() < deadline and not stop.requested:
+        time.sleep(0.01)
+    open(sys.argv[2], "w").write(str(stop.requested))
+'''
+child = subprocess.Popen([sys.executable, "-c", worker, *sys.argv[1:]], stdout=subprocess.PIPE, text=True)
+child.stdout.readline()
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_worker_is_told_when_its_launcher_dies_unless_started_by_hand(tmp_path: Path, launched):
+    env = {k: v for k, v in os.environ.items() if k not in {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}}
+    if launched:
+        env["ACCELERATE_MIXED_PRECISION"] = "no"
+    flag = tmp_path / "flag"
+    seconds = "10" if launched else "1.5"
+    launcher = subprocess.Popen([sys.executable, "-c", ORPHAN, seconds, str(flag)], env=env)
+    assert launcher.wait(timeout=30) == -signal.SIGKILL
+    deadline = time.monotonic() + 15
+    while not (flag.exists() and flag.read_text()):
+        assert time.monotonic() < deadline, "the worker never ended"
+        time.sleep(0.05)
+    assert flag.read_text() == str(launched)
