@@ -10,10 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +20,14 @@ from accelerate import Accelerator
 from safetensors.torch import load_model as load_weights
 from torch import distributed as dist
 
-from accel_train.config import ConfigError, ExperimentConfig, check_output_dir, run_directory, to_dict
+from accel_train.config import ConfigError, ExperimentConfig, check_output_dir, to_dict
 from accel_train.interrupt import Interrupted
 from accel_train.lock import RunLocked
 from accel_train.model.transformer import TransformerLM
 from accel_train.run_record import RecordKeeper
 from accel_train.rundir import CONFIG_FILE, RunDirectory, dump_config, open_log, read_config
 from accel_train.tasks.base import Task
-from accel_train.tasks.walks import WalksTask
+from accel_train.tasks.walks import CorpusError, WalksTask
 from accel_train.training.callbacks import Callback, LoopState
 from accel_train.training.checkpoint import CheckpointError, list_checkpoints, newest_sound, read_manifest, verify
 from accel_train.training.coordination import Coordinator, LostPeer, PeerFailed
@@ -97,6 +95,7 @@ class _Experiment:
         self.progress = Progress(config.training.max_epochs)
 
     def run(self, fresh: bool) -> int:
+        """Run all phases; returns the exit code."""
         try:
             return self._run(fresh)
         except (Preempted, Interrupted) as outcome:
@@ -104,7 +103,9 @@ class _Experiment:
             self.say("preempted", f"{outcome}; run the same command again to continue")
             return EXIT_PREEMPTED
         except KeyboardInterrupt:
-            self.say("stopped", "at once, by a second interrupt; run the same command to go on from the last checkpoint")
+            self.say(
+                "stopped", "at once, by a second interrupt; the same command goes on from the last checkpoint"
+            )
             return EXIT_PREEMPTED
         except LostPeer as error:
             self._complain(error)
@@ -120,7 +121,7 @@ class _Experiment:
         except RunLocked as error:
             self._complain(error)
             return EXIT_PREEMPTED
-        except (NonFinite, CheckpointError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        except (NonFinite, CheckpointError, CorpusError, OSError, MemoryError, torch.OutOfMemoryError) as error:
             self.coordinator.announce_failure(error)
             self._finish("failed", f"{type(error).__name__}: {error}")
             self._complain(error)
@@ -201,9 +202,7 @@ class _Experiment:
             coordinator=self.coordinator,
         )
 
-    def _evaluate(
-        self, model: torch.nn.Module, _state: LoopState, should_stop: Callable[[], bool]
-    ) -> dict[str, Any]:
+    def _evaluate(self, model: torch.nn.Module, _state: LoopState, should_stop: Callable[[], bool]) -> dict[str, Any]:
         verdict = self.task.evaluate(model, should_stop)
         return {**verdict.to_dict(), "stop": verdict.passed and self.config.stop_on_pass}
 

@@ -192,12 +192,14 @@ class RunLock:
         try:
             # Two hosts may both hold "the" flock; creating a link fails for the second of them.
             os.link(temporary, self._owner_path)
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):
             return False
         except OSError:
             temporary.replace(self._owner_path)  # a file system without hard links
         finally:
             temporary.unlink(missing_ok=True)
+        for leaving in self.run_dir.glob(f"{OWNER_FILE}.*"):  # of holders killed while they wrote
+            leaving.unlink(missing_ok=True)
         self._held = ours
         return True
 

@@ -10,11 +10,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accel_train.record import MetricsLog, new_record, write_record
+from accel_train.record import (
+    METRICS_FILE,
+    MetricsLog,
+    git_state,
+    new_record,
+    new_run_id,
+    timestamp,
+    versions,
+    write_record,
+)
 from accel_train.report import training_curves
 from accel_train.training.callbacks import Callback, LoopState
 
@@ -47,8 +55,8 @@ class RecordKeeper(Callback):
 
     @property
     def launch(self) -> int:
-        """The number of this launch, from 1."""
-        return int(self.record["provenance"]["launches"])
+        """The number of this launch, from 1, counting those that came to train."""
+        return len(self.record["provenance"]["world_sizes"]) + 1
 
     def start(self, found: dict[str, Any]) -> None:
         """Take up the record found in the directory, or begin one; a completed one stays as it is."""
@@ -57,13 +65,20 @@ class RecordKeeper(Callback):
             self.record = found
             return
         directory = self._directory
-        self.record = new_record(
+        self.record = found or new_record(
             directory.config,
+            run_id=new_run_id(),
             experiment_id=directory.experiment_id,
             config_hash=directory.config_hash,
-            init_digest=directory.init_digest,
+        )
+        commit, dirty = git_state()
+        self.record["status"], self.record["error"] = "running", None
+        self.record["provenance"].update(
+            git_commit=commit,
+            git_dirty=dirty,
+            versions=versions(),
             command=self._command,
-            earlier=found or None,
+            init_digest=directory.init_digest,
         )
         self._earlier = dict(found.get("timing", {}).get("seconds", {}))
         self._write()
@@ -72,7 +87,7 @@ class RecordKeeper(Callback):
         """Follow ``trainer`` from here on."""
         self._trainer = trainer
         self.record["gate"]["preflight"] = preflight
-        self.record["provenance"]["machine"] = machine
+        self.record["provenance"]["determinism"] = machine
         self.record["provenance"]["hook_list"] = self.hooks
 
     @contextmanager
@@ -88,7 +103,7 @@ class RecordKeeper(Callback):
 
     def on_train_start(self, state: LoopState) -> None:
         """Cut the log back to the step that training starts from."""
-        self._metrics = MetricsLog(self._directory.path / "metrics.jsonl")
+        self._metrics = MetricsLog(self._directory.path / METRICS_FILE)
         self._metrics.cut_back(state.step)
         self._update()
 
@@ -116,8 +131,8 @@ class RecordKeeper(Callback):
         if not self.record or self.found_status == "completed":
             return
         self.record["status"] = status
-        self.record["reason"] = reason
-        self.record["finished_at"] = None if status == "preempted" else _now()
+        self.record["error"] = reason if status == "failed" else None
+        self.record["finished_at"] = None if status == "preempted" else timestamp()
         if self._trainer is not None:
             self._fill(self._trainer)
             if self.record["curves"]["train_loss"]:
@@ -127,7 +142,7 @@ class RecordKeeper(Callback):
     def summary(self) -> str:
         """One line for people: the verdict, its figures, where the record lies."""
         scalars, gate = self.record["metrics"]["scalars"], self.record["gate"]
-        if gate["passed"] is None:
+        if gate["epoch"] is None:
             verdict = "no gate was judged"
         elif gate["passed"]:
             verdict = f"gate passed after epoch {gate['epoch']}"
@@ -176,7 +191,7 @@ class RecordKeeper(Callback):
             "final_train_loss": state.train_loss[-1] if state.train_loss else None,
             **{f"final_{name}": value for name, value in metrics.items()},
             "gate_passed": bool(evaluations and evaluations[-1].get("passed")),
-            "epochs_trained": state.step / trainer.steps_per_epoch,
+            "epochs_trained": state.epoch,
             "steps_trained": state.step,
             "tokens_seen": state.tokens_seen,
             "parameters": sum(p.numel() for p in trainer.unwrapped_model.parameters()),
@@ -200,11 +215,7 @@ class RecordKeeper(Callback):
             "config_hash": record["config_hash"],
             "git_commit": record["provenance"]["git_commit"],
         }
-        self._metrics.append({**identity, "time": _now(), **line})
+        self._metrics.append({**identity, "time": timestamp(), **line})
 
     def _write(self) -> None:
         write_record(self._directory.path, self.record)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -30,7 +30,6 @@ from accel_train.config import (
     to_dict,
 )
 from accel_train.durable import write_atomic
-from accel_train.interrupt import Interrupted
 from accel_train.lock import RunLock
 from accel_train.record import read_record
 
@@ -64,13 +63,12 @@ class RunDirectory:
             Interrupted: ``should_stop()`` turned true while waiting for the lock.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-
-        def waiting(message: str) -> None:
-            if should_stop():
-                raise Interrupted("stopped while waiting for the run directory")
-            say("lock", message)
-
-        lock = RunLock(self.path, self.config.training.lock_timeout, on_wait=waiting)
+        lock = RunLock(
+            self.path,
+            self.config.training.lock_timeout,
+            on_wait=lambda message: say("lock", message),
+            should_stop=should_stop,
+        )
         lock.acquire()
         self._lock = lock
         if fresh:

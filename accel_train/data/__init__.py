@@ -1,0 +1,1 @@
+"""Data: order, windows, loading, and artifacts that are built once and shared."""

@@ -1,0 +1,1 @@
+"""The transformer, what can be extracted from it, and generation."""

@@ -34,7 +34,11 @@ from accel_train.walks.rules import Rule, designate_rules
 
 # Part of the cache key: raise it when the same configuration would give other walks.
 _CORPUS_VERSION = 1
-_TRAIN, _HELD_OUT, _BLIND, _SAMPLED = range(4)
+_GRAPH, _RULES, _TRAIN, _HELD_OUT, _BLIND, _SAMPLED = range(6)
+
+
+class CorpusError(RuntimeError):
+    """A corpus that breaks its own rules: training on it could not pass the gate."""
 
 
 class WalksTask:
@@ -43,6 +47,7 @@ class WalksTask:
     def __init__(self, config: ExperimentConfig) -> None:
         self.config = config
         self._context = config.model.max_seq_len
+        self._directory = Path()
         self._graph: Graph | None = None
         self._rules: tuple[Rule, ...] = ()
         self._held_out: np.ndarray[Any, Any] = np.empty((0, 0), np.uint16)
@@ -58,8 +63,8 @@ class WalksTask:
     def graph(self) -> Graph:
         """The graph; drawn at first use (a pure function of the configuration)."""
         if self._graph is None:
-            self._graph = generate_graph(self.config.graph, self.config.seed)
-            self._rules = designate_rules(self._graph, self.config.rules, self._context, self.config.seed)
+            self._graph = generate_graph(self.config.graph, self._stream_seed(_GRAPH))
+            self._rules = designate_rules(self._graph, self.config.rules, self._context, self._stream_seed(_RULES))
         return self._graph
 
     @property
@@ -151,7 +156,13 @@ class WalksTask:
             self._build_corpora(directory, say, should_stop)
 
         started = time.perf_counter()
-        directory = cached(shared, f"walks-{self.corpus_key()}", build_into, should_stop=should_stop)
+        directory = cached(
+            shared,
+            f"walks-{self.corpus_key()}",
+            build_into,
+            on_wait=lambda message: say("corpus", message),
+            should_stop=should_stop,
+        )
         verb = "built" if built else "found and verified"
         say(
             "corpus",
@@ -183,12 +194,12 @@ class WalksTask:
         (directory / "rules.json").write_text(json.dumps(rules, indent=1) + "\n", encoding="utf-8")
 
     def _stream_seed(self, stream: int) -> int:
-        """Independent seeds for the corpora and for everything the gate draws."""
+        """Independent seeds for the graph, the rules, the corpora and everything the gate draws."""
         return int(np.random.SeedSequence([self.config.seed, stream]).generate_state(1, np.uint64)[0] >> 1)
 
     def open(self, artifacts: str) -> WalkDataset:
         """The training chunks, memory-mapped; also opens the held-out walks for :meth:`evaluate`."""
-        directory = Path(artifacts)
+        self._directory = directory = Path(artifacts)
         self._walks = np.load(directory / "train.npy", mmap_mode="r")
         self._held_out = np.load(directory / "held_out.npy", mmap_mode="r")
         return WalkDataset(self._walks, self._context)
@@ -196,10 +207,21 @@ class WalksTask:
     # -- the gate --------------------------------------------------------------------------
 
     def preflight(self, say: Say) -> dict[str, Any]:
-        """Score the corpus and the held-out walks with the gate's own scorer; call after :meth:`open`."""
+        """Score the corpus and the held-out walks with the gate's own scorer; call after :meth:`open`.
+
+        Raises:
+            CorpusError: a walk breaks a rule or takes an edge that the graph does not have.
+        """
         gate = self.config.gate
         corpus = score(self._walks, self.graph, self.rules)
         ceiling = self._score(self._held_out)
+        for name, figures in (("train", corpus), ("held-out", ceiling)):
+            if figures.edge_passed < figures.edge_checks or figures.rule_passed < figures.rule_checks:
+                raise CorpusError(
+                    f"the {name} corpus does not obey its graph: {figures.edge_passed} of {figures.edge_checks} edges "
+                    f"and {figures.rule_passed} of {figures.rule_checks} rule visits hold; delete "
+                    f"{self._directory} and run the same command again"
+                )
         blind = self._blind_compliance()
         excluded = [asdict(rule) for rule in self.rules if rule not in self.scored_rules]
         warnings = []

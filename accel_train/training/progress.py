@@ -79,7 +79,7 @@ class Progress(Callback):
         if "passed" in self._evaluation:
             reason = self._evaluation.get("failure_reason")
             figures.append("gate passed" if self._evaluation["passed"] else f"gate not passed ({reason})")
-        loss = f"loss {self._last['loss']:.4f}" if self._last else "loss not logged yet"
+        loss = f"loss {self._last.get('loss', state.loss):.4f}"
         elapsed = time.perf_counter() - self._started
         epoch = f"{self._epoch_of(state)}/{self._max_epochs}"
         say("epoch", ", ".join([f"{epoch}: step {state.step}", loss, *figures, f"{elapsed:.1f} s"]))

@@ -1,0 +1,367 @@
+"""The command line: ``accel-train train | runs | evaluate | generate``.
+
+Names, types and help of the options of ``train`` are read from the configuration dataclasses.
+Torch and everything above it are imported when a command needs them, so help, errors and
+``runs`` answer in a fraction of a second. A user's mistake is one line on stderr and exit
+code 2; under a launcher only rank 0 prints it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import itertools
+import json
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+from accel_train.config import ConfigError, ExperimentConfig
+from accel_train.record import (
+    STATUS_CODES,
+    RecordError,
+    RunSummary,
+    list_runs,
+    run_status,
+    strict_json,
+)
+
+EXIT_FAILED, EXIT_USAGE = 1, 2
+
+# Process-wide, and the only switch there is: help texts come from the docstrings under the fields.
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script ``accel-train``; returns the process's exit code (see DESIGN.md)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["train"]:
+        return train_main(arguments[1:], command=["accel-train", *arguments])
+    return _guarded(lambda: _dispatch(_commands().parse_args(arguments)))
+
+
+def train_main(argv: Sequence[str] | None = None, *, command: Sequence[str] | None = None) -> int:
+    """``accel-train train``, which ``scripts/train.py`` calls as well.
+
+    Args:
+        argv: options; by default those of this process.
+        command: the whole command line, for the record.
+    """
+    options = list(sys.argv[1:] if argv is None else argv)
+
+    def run() -> int:
+        config, fresh = parse_config(options)
+        experiment = importlib.import_module("accel_train.experiment")
+        code: int = experiment.run(config, fresh=fresh, command=list(command or [sys.argv[0], *options]))
+        return code
+
+    return _guarded(run)
+
+
+def _guarded(action: Callable[[], int]) -> int:
+    try:
+        return action()
+    except (ConfigError, RecordError) as error:
+        return _complain(str(error), EXIT_USAGE)
+
+
+def _complain(message: str, code: int) -> int:
+    # Every process of a launch finds the same mistake; the line must stand there once.
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"accel-train: error: {' '.join(message.split())}\n")
+    return code
+
+
+# -- train ---------------------------------------------------------------------------------
+
+
+def parse_config(argv: Sequence[str]) -> tuple[ExperimentConfig, bool]:
+    """The configuration that the options of ``train`` ask for, and whether ``--fresh`` was among them.
+
+    Raises:
+        ConfigError: names the field (and the file, where the value stands in one), the value and the rule.
+        SystemExit: ``--help`` or ``--print_config`` was answered.
+    """
+    files = _read_config_files(argv)
+    parser = _train_parser()
+    try:
+        parsed = parser.parse_args(list(argv))
+        for name, kind in _field_types().items():
+            if is_dataclass(kind) and not isinstance(parsed[name], Namespace):
+                raise ConfigError(name, parsed[name], f"must be {_expected(kind)}")
+        values = parser.instantiate(parsed).as_dict()
+        fresh = bool(values.pop("fresh", False))
+        values.pop("config", None)
+        return ExperimentConfig(**values), fresh
+    except ArgumentError as error:
+        raise _located(_translate(str(error)), argv, files) from None
+    except ConfigError as error:
+        raise _located(error, argv, files) from None
+
+
+def _train_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="accel-train train",
+        usage="accel-train train [--config FILE] [--SECTION.FIELD VALUE ...] [--fresh] [--print_config]",
+        description="Train, or resume: the same command run again continues. Options win over the file.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="archive an earlier run of this name and start over",
+    )
+    parser.add_class_arguments(ExperimentConfig)
+    return parser
+
+
+def _read_config_files(argv: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """File name -> dotted field -> value for every ``--config``; refuses what is no configuration.
+
+    jsonargparse would read them too, but its complaints know neither file nor line.
+    """
+    names = [argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")]
+    names += [value for option, value in itertools.pairwise(argv) if option == "--config"]
+    return {name: dict(_checked_fields(name, _load_yaml(name))) for name in names}
+
+
+def _load_yaml(name: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError("--config", name, "does not exist; check the path") from None
+    except OSError as error:
+        raise ConfigError("--config", name, f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError("--config", name, f"is not UTF-8 text (byte {error.start}); check the path") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError("--config", name, f"is not valid YAML: {line}{problem}") from None
+    if not isinstance(values, dict):
+        raise ConfigError("--config", name, "holds no fields; write lines such as 'seed: 1'")
+    return values
+
+
+def _checked_fields(file: str, values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    kinds = _field_types()
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if name not in kinds:
+            raise _unknown(name, value, f" (in {file})")
+        if not is_dataclass(kinds[name]):
+            yield name, value
+        elif isinstance(value, Mapping):
+            yield from _checked_fields(file, value, f"{name}.")
+        else:
+            raise ConfigError(name, value, f"must be {_expected(kinds[name])} (in {file})")
+
+
+def _unknown(name: str, value: object, where: str = "") -> ConfigError:
+    kinds = _field_types()
+    section, _, leaf = name.rpartition(".")
+    if is_dataclass(kinds.get(section)):
+        leaves = [known.rpartition(".")[2] for known in kinds if known.startswith(f"{section}.")]
+        near = [f"{section}.{match}" for match in difflib.get_close_matches(leaf, leaves, n=1)]
+    else:
+        near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.7)
+    cure = f"did you mean {near[0]}?" if near else "accel-train train --help lists them"
+    return ConfigError(name, value, f"is not a field of the configuration; {cure}{where}")
+
+
+def _translate(message: str) -> ConfigError:
+    """One of jsonargparse's complaints, which may fill many lines, in our form."""
+    if found := re.match(r"unrecognized arguments: (\S+)\s*(.*)", message, re.DOTALL):
+        option, rest = found.groups()
+        if not option.startswith("--"):
+            return ConfigError("command line", option, "is not an option; write --section.field VALUE")
+        name, _, value = option[2:].partition("=")
+        return _unknown(name, value or rest)
+    if found := re.match(r"Group '(\S+)' does not accept option '(\S+)'", message):
+        return _unknown(".".join(found.groups()), None)
+    if found := re.match(r"argument (--\S+): (.*)", message, re.DOTALL):
+        return ConfigError("command line", found[1], f"needs a value ({found[2]})")
+    if (found := re.match(r'Parser key "([^"]+)":', message)) and found[1] in _field_types():
+        given = re.search(r".*(?:Got value|Given value): (.*)", message, re.DOTALL)
+        value = None if given is None else given[1]
+        return ConfigError(found[1], value, f"must be {_expected(_field_types()[found[1]])}")
+    return ConfigError("command line", message, "cannot be read; see accel-train train --help")
+
+
+def _located(error: ConfigError, argv: Sequence[str], files: Mapping[str, Mapping[str, Any]]) -> ConfigError:
+    """The error with the value as the user wrote it, and with the file that it stands in."""
+    name = error.field
+    typed = dict(argument[2:].split("=", 1) for argument in argv if "=" in argument)
+    typed |= {option[2:]: value for option, value in itertools.pairwise(argv) if "=" not in option}
+    as_written = isinstance(error.value, str | None)  # jsonargparse hands its own spelling on
+    for file, values in files.items():
+        if name in values and (name not in typed or str(values[name]) == str(error.value)):
+            return ConfigError(name, values[name] if as_written else error.value, f"{error.rule} (in {file})")
+    section = name.partition(".")[0]
+    return ConfigError(
+        name, typed.get(name, error.value or typed.get(section)) if as_written else error.value, error.rule
+    )
+
+
+def _field_types(cls: type = ExperimentConfig, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> type of every section and field."""
+    found: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        found[f"{prefix}{name}"] = kind
+        if is_dataclass(kind):
+            found |= _field_types(typing.cast(type, kind), f"{prefix}{name}.")
+    return found
+
+
+_PLAIN_TYPES = {
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+def _expected(kind: Any) -> str:
+    """A type in words, such as "a list of integers or null"."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if is_dataclass(kind):
+        return "a section with fields of its own"
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, parts))}"
+    if origin in {typing.Union, types.UnionType}:
+        null_first = sorted(parts, key=lambda part: part is not type(None))
+        return " or ".join(_expected(part) for part in null_first)
+    if origin is tuple:
+        if parts[-1] is Ellipsis:
+            return f"a list such as [a, b], each {_expected(parts[0])}"
+        return f"a list of {len(parts)}, each {_expected(parts[0])}"
+    return _PLAIN_TYPES.get(kind, str(kind))
+
+
+# -- the other commands --------------------------------------------------------------------
+
+
+class _CommandParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without repeating the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse for every mistake."""
+        self.exit(_complain(f"{message}; see {self.prog} --help", EXIT_USAGE))
+
+
+def _commands() -> argparse.ArgumentParser:
+    parser = _CommandParser(
+        prog="accel-train",
+        description="Train small transformer language models that can be killed at any instant.",
+        epilog="exit codes: 0 finished, 1 failed, 2 wrong configuration or command line, "
+        "75 preempted or locked: run the same command again",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("train", help="train or resume an experiment", add_help=False)
+
+    runs = commands.add_parser("runs", help="list runs, or print the status of one")
+    runs.add_argument("results", nargs="?", default=ExperimentConfig.output_dir, type=Path, help="results directory")
+    runs.add_argument("--passed", action="store_true", help="only runs that are completed and passed their gate")
+    runs.add_argument(
+        "--status",
+        metavar="ID",
+        help="print how this run stands; exit code 0 completed, 1 failed, 3 live, 75 preempted or interrupted",
+    )
+    runs.add_argument("--json", action="store_true", help="print JSON")
+
+    evaluate = commands.add_parser("evaluate", help="judge the newest checkpoint of a run by its gate; prints JSON")
+    evaluate.add_argument("run", type=Path, help="run directory")
+
+    generate = commands.add_parser("generate", help="print sequences made by the newest checkpoint of a run")
+    generate.add_argument("run", type=Path, help="run directory")
+    generate.add_argument("--num", type=_positive, default=5, help="number of sequences (default: 5)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+def _dispatch(arguments: argparse.Namespace) -> int:
+    if arguments.command == "runs":
+        return _runs(arguments)
+    experiment = importlib.import_module("accel_train.experiment")
+    try:
+        if arguments.command == "evaluate":
+            print(strict_json(experiment.evaluate(arguments.run)))
+        else:
+            for sequence in experiment.generate_samples(arguments.run, arguments.num):
+                print(*sequence)
+    except experiment.CheckpointError as error:
+        return _complain(str(error), EXIT_FAILED)
+    return 0
+
+
+def _runs(arguments: argparse.Namespace) -> int:
+    if arguments.status is not None:
+        status = run_status(arguments.results / arguments.status)
+        print(json.dumps({"id": arguments.status, "status": status}) if arguments.json else status)
+        return STATUS_CODES[status]
+    runs = list_runs(arguments.results)
+    if arguments.passed:
+        runs = [run for run in runs if run.status == "completed" and run.gate_passed]
+    if arguments.json:
+        print(json.dumps([asdict(run) for run in runs], indent=1))
+    else:
+        print("\n".join(_table(runs)))
+    return 0
+
+
+def _table(runs: Sequence[RunSummary]) -> list[str]:
+    rows = [("ID", "STATUS", "EPOCHS", "GATE", "EDGE", "RULE", "AGE")]
+    rows += [
+        (
+            run.id,
+            run.status,
+            f"{run.epochs:.4g}",
+            "passed" if run.gate_passed else "-",
+            _figure(run.edge_compliance),
+            _figure(run.rule_compliance),
+            _age(run.created_at),
+        )
+        for run in runs
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _age(created_at: str | None) -> str:
+    """Such as ``5m``, ``3h``, ``12d``."""
+    if created_at is None:
+        return "-"
+    seconds = max(0.0, (datetime.now(UTC) - datetime.fromisoformat(created_at)).total_seconds())
+    for unit, length in (("d", 86_400), ("h", 3_600), ("m", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f}{unit}"
+    return f"{seconds:.0f}s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

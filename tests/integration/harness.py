@@ -1,0 +1,147 @@
+"""Real launches of the training script, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "train.py"
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_config.yaml")]
+
+TINY: dict[str, Any] = {
+    "graph": {"n": 20, "K": 2, "p_in": 0.6, "p_out": 0.3},
+    "rules": {"jumpers_per_block": 1, "jump_lengths": [2, 3]},
+    "walks": {"num_walks": 244, "walk_length": 17},
+    "model": {"d_model": 16, "n_layers": 2, "n_heads": 2, "max_seq_len": 16, "dropout": 0.2},
+    "training": {"batch_size": 12, "learning_rate": 0.003, "max_epochs": 3, "log_interval": 4, "timeout_seconds": 60},
+    "gate": {"num_sequences": 40, "prompt_length": 4, "min_rule_checks": 10, "stop_on_pass": False},
+    "checkpoint": {"every_steps": 3, "keep_last": 2},
+}
+"""20 steps an epoch, 60 in all; never stopped by its gate."""
+
+
+def merged(*layers: dict[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries laid over each other, the last one on top."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            nested = isinstance(value, dict) and isinstance(result.get(key), dict)
+            result[key] = merged(result[key], value) if nested else value
+    return result
+
+
+def write_config(path: Path, *layers: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(merged(*layers)))
+    return path
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a launch: CPU, one thread per process, this test directory importable."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "TORCHELASTIC", "PET_"))}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        env.pop(name, None)
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [env.get("PYTHONPATH")])])
+    return {**env, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **extra}
+
+
+def command(config: Path, world: int, *arguments: str) -> list[str]:
+    """``python scripts/train.py`` for 0 processes, ``accelerate launch`` for one and more."""
+    script = [str(SCRIPT), "--config", str(config), *arguments]
+    if world == 0:
+        return [sys.executable, *script]
+    if world == 1:
+        return [*ACCELERATE, *script]
+    return [*ACCELERATE, "--multi_gpu", "--num_processes", str(world), "--main_process_port", "0", *script]
+
+
+def launch(config: Path, world: int, *arguments: str, **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(config, world, *arguments),
+        env=environment(**env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(config: Path, world: int, *arguments: str, expect: int | None = 0, timeout: float = 150, **env: str) -> str:
+    """Launch and wait; returns the output."""
+    process = launch(config, world, *arguments, **env)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill_tree(process.pid)
+        raise
+    assert expect is None or process.returncode == expect, output
+    return output
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process and everything it started."""
+    for process in [*descendants(pid), psutil.Process(pid)]:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def wait_for(condition: Callable[[], Any], what: str, timeout: float = 60) -> Any:
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"timed out waiting for {what}"
+        time.sleep(0.01)
+
+
+def run_dir(results: Path) -> Path:
+    """The only run directory under ``results``."""
+    found = [path.parent for path in results.glob("*/config.yaml") if ".archived-" not in path.parent.name]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def record(results: Path) -> dict[str, Any]:
+    return json.loads((run_dir(results) / "result.json").read_text())
+
+
+def metrics(results: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir(results) / "metrics.jsonl").read_text().splitlines()]
+
+
+def checkpoints(results: Path) -> Sequence[Path]:
+    return sorted((run_dir(results) / "checkpoints").glob("step_*"))
+
+
+def outcome(results: Path) -> dict[str, Any]:
+    """What must not depend on how often a run was killed: final weights, curves, fingerprint, log."""
+    final, found = checkpoints(results)[-1], record(results)
+    timeless = ("step", "epoch", "loss", "lr", "grad_norm", "tokens_seen", "edge_compliance", "rule_compliance")
+    return {
+        "checkpoint": final.name,
+        "weights": (final / "model.safetensors").read_bytes(),
+        "losses": (final / "losses.safetensors").read_bytes(),
+        "curves": found["curves"],
+        "fingerprint": found["provenance"]["data_fingerprint"],
+        "log": [{k: line[k] for k in timeless if k in line} for line in metrics(results)],
+    }

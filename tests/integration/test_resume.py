@@ -1,0 +1,45 @@
+"""A run that was killed ends with the bits of one that was left alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from harness import TINY, outcome, record, run, write_config
+
+HOOKS = {"hooks": {"update": ["killing:at_step"]}}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_sigkill_in_mid_epoch_changes_no_bit(tmp_path: Path, world: int) -> None:
+    """Killed twice within the second epoch and once in the third, with dropout."""
+    left_alone = write_config(tmp_path / "a.yaml", TINY, HOOKS, {"output_dir": str(tmp_path / "a")})
+    killed = write_config(tmp_path / "b.yaml", TINY, HOOKS, {"output_dir": str(tmp_path / "b")})
+    run(left_alone, world)
+
+    for step in (25, 31, 50):
+        mark = tmp_path / f"killed at {step}"
+        output = run(killed, world, expect=None, KILL_AT_STEP=str(step), KILL_MARK=str(mark))
+        assert mark.exists(), output
+        assert record(tmp_path / "b")["status"] == "running"
+    run(killed, world)
+
+    expected, found = outcome(tmp_path / "a"), outcome(tmp_path / "b")
+    assert found["checkpoint"] == "step_0000060"
+    assert found == expected
+    after = record(tmp_path / "b")
+    assert [resume["step"] for resume in after["provenance"]["resumes"]] == [24, 30, 48]
+    assert after["provenance"]["world_sizes"] == [world] * 4
+    steps = [line["step"] for line in found["log"] if "loss" in line]
+    assert steps == sorted(set(steps)), "a line stands twice in metrics.jsonl"
+
+
+def test_one_and_two_processes_consume_the_same_data_and_agree_on_the_losses(tmp_path: Path) -> None:
+    no_dropout = {"model": {"dropout": 0.0}}
+    for world in (1, 2):
+        out = {"output_dir": str(tmp_path / str(world))}
+        run(write_config(tmp_path / f"{world}.yaml", TINY, no_dropout, out), world)
+    one, two = record(tmp_path / "1"), record(tmp_path / "2")
+    assert one["provenance"]["data_fingerprint"] == two["provenance"]["data_fingerprint"]
+    assert two["provenance"]["world_sizes"] == [2]
+    assert two["curves"]["train_loss"] == pytest.approx(one["curves"]["train_loss"], abs=1e-3)
