@@ -103,9 +103,7 @@ class _Experiment:
             self.say("preempted", f"{outcome}; run the same command again to continue")
             return EXIT_PREEMPTED
         except KeyboardInterrupt:
-            self.say(
-                "stopped", "at once, by a second interrupt; the same command goes on from the last checkpoint"
-            )
+            self.say("stopped", "at once, by a second interrupt; the same command goes on from the last checkpoint")
             return EXIT_PREEMPTED
         except LostPeer as error:
             self._complain(error)

@@ -182,10 +182,16 @@ class RunLock:
 
     def _claim(self) -> bool:
         """With the flock in hand: put our owner file in the place of none or a dead one's."""
-        found = self.owner()
-        if found is not None:
+        try:
+            found = _parse_owner(self._owner_path.read_bytes())
             if not found.is_gone and not self._watch.stands_still(found):
                 return False
+            log.info("taking over from %s", found)
+            self._owner_path.unlink(missing_ok=True)
+        except FileNotFoundError:
+            pass
+        except ValueError:
+            log.warning("%s is damaged, as a crash of the machine leaves it, and is replaced", self._owner_path)
             self._owner_path.unlink(missing_ok=True)
         ours = _this_process()
         temporary = _write_aside(self._owner_path, ours)
@@ -300,10 +306,17 @@ def is_live(run_dir: Path) -> bool:
 def read_owner(run_dir: Path) -> Owner | None:
     """The holder that the owner file of ``run_dir`` names; None without one, or when it is unreadable."""
     try:
-        values = json.loads((run_dir / OWNER_FILE).read_text(encoding="utf-8"))
-        return Owner(**values)
-    except (OSError, ValueError, TypeError):
+        return _parse_owner((run_dir / OWNER_FILE).read_bytes())
+    except (OSError, ValueError):
         return None
+
+
+def _parse_owner(content: bytes) -> Owner:
+    """Raises ValueError when ``content`` does not describe an owner."""
+    try:
+        return Owner(**json.loads(content))
+    except TypeError as error:
+        raise ValueError(str(error)) from error
 
 
 def _describe(owner: Owner | None) -> str:

@@ -51,10 +51,11 @@ def _draw_loss(axes: Axes, train_loss: Sequence[float | None]) -> None:
     axes.set(title="Training loss", xlabel="step", ylabel="cross-entropy (nats per token)")
     if not train_loss:
         _say_empty(axes, "no step was taken")
+        _dress(axes)
         return
     losses = _numbers(train_loss)
     steps = list(range(1, len(losses) + 1))
-    window = max(1, len(losses) // 50)
+    window = len(losses) // 50 if len(losses) >= 250 else 1
     means = running_mean(losses, window)
     # More points than pixels only thicken the line and the file.
     stride = max(1, len(losses) // _MOST_POINTS)
@@ -67,7 +68,7 @@ def _draw_loss(axes: Axes, train_loss: Sequence[float | None]) -> None:
             steps[::stride], means[::stride], color=_BLUE, linewidth=1.8, label=f"mean of the last {window} steps"
         )
         axes.legend(loc="upper right", frameon=False)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _dress(axes)
 
 
@@ -82,14 +83,12 @@ def _draw_compliance(axes: Axes, record: Mapping[str, Any]) -> None:
         values = _numbers(curves[f"{label}_compliance"])
         threshold = gate[f"{label}_threshold"]
         axes.axhline(threshold, color=color, linestyle="--", linewidth=1.1, alpha=0.8)
-        axes.annotate(
+        axes.text(
+            1.01,  # outside the axes, where no curve passes
+            threshold,
             f"{label} > {threshold:g}",
-            xy=(0.995, threshold),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, -3),
-            textcoords="offset points",
-            ha="right",
-            va="top",
+            transform=axes.get_yaxis_transform(),
+            va="center",
             fontsize=8,
             color=color,
         )
@@ -108,18 +107,13 @@ def _draw_compliance(axes: Axes, record: Mapping[str, Any]) -> None:
     if count == 0:
         _say_empty(axes, "no evaluation yet")
     else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlim(0.5, count + 0.5)
+        if record["gate"]["passed"] and not in_steps:
+            axes.axvline(record["gate"]["epoch"], color=_GREY, linestyle=":", linewidth=1.2, label="gate passed")
         # Where the lines leave room: they rise, so below them on the right unless they start high.
-        axes.legend(loc="lower right" if lowest < 0.9 else "lower left", frameon=False)
-        _mark_pass(axes, record, in_steps)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(loc="lower right" if lowest < 0.9 else "lower left", framealpha=1.0, edgecolor="none")
     _dress(axes)
-
-
-def _mark_pass(axes: Axes, record: Mapping[str, Any], in_steps: bool) -> None:
-    gate = record["gate"]
-    if gate["passed"] and not in_steps:
-        axes.axvline(gate["epoch"], color=_GREY, linestyle=":", linewidth=1.2)
 
 
 def _verdict(record: Mapping[str, Any]) -> str:
@@ -135,6 +129,7 @@ def _numbers(values: Sequence[float | None]) -> list[float]:
 
 def _say_empty(axes: Axes, what: str) -> None:
     axes.text(0.5, 0.5, what, transform=axes.transAxes, ha="center", va="center", color=_GREY)
+    axes.set_xticks([])
 
 
 def _dress(axes: Axes) -> None:

@@ -16,11 +16,8 @@ from typing import TYPE_CHECKING, Any
 from accel_train.record import (
     METRICS_FILE,
     MetricsLog,
-    git_state,
     new_record,
-    new_run_id,
     timestamp,
-    versions,
     write_record,
 )
 from accel_train.report import training_curves
@@ -55,8 +52,8 @@ class RecordKeeper(Callback):
 
     @property
     def launch(self) -> int:
-        """The number of this launch, from 1, counting those that came to train."""
-        return len(self.record["provenance"]["world_sizes"]) + 1
+        """The number of this launch, from 1."""
+        return int(self.record["provenance"]["launches"])
 
     def start(self, found: dict[str, Any]) -> None:
         """Take up the record found in the directory, or begin one; a completed one stays as it is."""
@@ -65,20 +62,13 @@ class RecordKeeper(Callback):
             self.record = found
             return
         directory = self._directory
-        self.record = found or new_record(
+        self.record = new_record(
             directory.config,
-            run_id=new_run_id(),
             experiment_id=directory.experiment_id,
             config_hash=directory.config_hash,
-        )
-        commit, dirty = git_state()
-        self.record["status"], self.record["error"] = "running", None
-        self.record["provenance"].update(
-            git_commit=commit,
-            git_dirty=dirty,
-            versions=versions(),
-            command=self._command,
             init_digest=directory.init_digest,
+            command=self._command,
+            earlier=found or None,
         )
         self._earlier = dict(found.get("timing", {}).get("seconds", {}))
         self._write()
@@ -87,7 +77,7 @@ class RecordKeeper(Callback):
         """Follow ``trainer`` from here on."""
         self._trainer = trainer
         self.record["gate"]["preflight"] = preflight
-        self.record["provenance"]["determinism"] = machine
+        self.record["provenance"]["machine"] = machine
         self.record["provenance"]["hook_list"] = self.hooks
 
     @contextmanager
@@ -131,7 +121,7 @@ class RecordKeeper(Callback):
         if not self.record or self.found_status == "completed":
             return
         self.record["status"] = status
-        self.record["error"] = reason if status == "failed" else None
+        self.record["reason"] = reason
         self.record["finished_at"] = None if status == "preempted" else timestamp()
         if self._trainer is not None:
             self._fill(self._trainer)

@@ -6,7 +6,7 @@ Two mechanisms, because a rank blocked inside a collective cannot run a Python s
   at one step boundary and read at the next, so all ranks leave at the same step and the wait
   hides behind the step's arithmetic;
 * around everything that only the main process does (corpus, evaluation, commit of a
-  checkpoint), polling of the process group's key-value store: waiting ranks post their stop
+  checkpoint), polling of a key-value store: waiting ranks post their stop
   flags there, the main process posts a heartbeat and its result. Nobody sits in a collective,
   so signals are seen at once and a long evaluation cannot run into the group's timeout.
 
@@ -18,12 +18,13 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -31,15 +32,12 @@ import torch.distributed as dist
 from accel_train.interrupt import Interrupted
 from accel_train.training.preemption import StopSignal
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Every rank makes its coordinators in the same order, so the count names them.
-_instances = itertools.count()
+# Every rank makes its boards in the same order, so the count names them.
+_boards = itertools.count()
 
 _POLL_SECONDS = 0.01
 _FLAG_POLL_SECONDS = 0.05
@@ -65,6 +63,46 @@ class PeerFailed(RuntimeError):
         super().__init__(f"rank {rank} failed (waiting for '{phase}'): {kind}: {message}")
 
 
+class _Board:
+    """The key-value store that ranks poll: a server inside rank 0.
+
+    The process group's own store lives in the launcher, and a launcher that is killed would take
+    it along; this one lives as long as the ranks need each other. A failing access means that
+    rank 0 is gone.
+    """
+
+    def __init__(self, rank: int, timeout_seconds: float) -> None:
+        exchange = dist.distributed_c10d._get_default_store()
+        address_key, timeout = f"accel_train/board{next(_boards)}", timedelta(seconds=timeout_seconds)
+        host = os.environ.get("MASTER_ADDR", "localhost")
+        if rank == 0:
+            self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+            exchange.set(address_key, str(self._store.port))
+        else:
+            port = int(exchange.get(address_key))
+            self._store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+
+    def set(self, key: str, value: str) -> None:
+        with _lost_if_it_fails():
+            self._store.set(key, value)
+
+    def get(self, key: str) -> str:
+        with _lost_if_it_fails():
+            return bytes(self._store.get(key)).decode()
+
+    def has(self, key: str) -> bool:
+        with _lost_if_it_fails():
+            return bool(self._store.check([key]))
+
+
+@contextmanager
+def _lost_if_it_fails() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostPeer(f"rank 0 is gone ({_first_line(error)})") from error
+
+
 class Coordinator:
     """Agreement between the ranks of one run.
 
@@ -83,8 +121,7 @@ class Coordinator:
         self._sequence = 0
         self._work: dist.Work | None = None
         if self.world_size > 1:
-            store = dist.distributed_c10d._get_default_store()
-            self._store = dist.distributed_c10d.PrefixStore(f"accel_train/{next(_instances)}", store)
+            self._store = _Board(self.rank, timeout_seconds)
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
             self._flag = torch.zeros(1)
 
@@ -142,11 +179,11 @@ class Coordinator:
             notice = {"rank": self.rank, "error": str(error), "kind": type(error).__name__}
             try:
                 self._store.set("failure", json.dumps(notice))
-            except RuntimeError:
-                log.warning("the other ranks could not be told of the failure: the store is gone")
+            except LostPeer:
+                log.warning("the other ranks could not be told of the failure: rank 0 is gone")
 
     def _raise_announced(self, name: str) -> None:
-        if self._store.check(["failure"]):
+        if self._store.has("failure"):
             notice = json.loads(self._store.get("failure"))
             raise PeerFailed(notice["rank"], name, notice["error"], notice["kind"])
 
@@ -182,12 +219,12 @@ class Coordinator:
         return cast(T, json.loads(encoded)["value"])
 
     def _follow(self, key: str, name: str) -> Any:
-        posted, beat, seen_at = False, b"", time.monotonic()
-        while not self._store.check([f"{key}/outcome"]):
+        posted, beat, seen_at = False, "", time.monotonic()
+        while not self._store.has(f"{key}/outcome"):
             if self.stop.requested and not posted:
                 self._store.set(f"{key}/stop", str(self.rank))
                 posted = True
-            if self._store.check([f"{key}/beat"]):
+            if self._store.has(f"{key}/beat"):
                 newest = self._store.get(f"{key}/beat")
                 if newest != beat:
                     beat, seen_at = newest, time.monotonic()
@@ -212,8 +249,8 @@ class Coordinator:
             now = time.monotonic()
             if not self.stop.requested and now >= next_look:
                 next_look = now + _FLAG_POLL_SECONDS
-                if self._store.check([f"{key}/stop"]):
-                    self.stop.request(f"a signal to rank {self._store.get(f'{key}/stop').decode()}")
+                if self._store.has(f"{key}/stop"):
+                    self.stop.request(f"a signal to rank {self._store.get(f'{key}/stop')}")
             return self.stop.requested
 
         return should_stop
@@ -243,7 +280,7 @@ class Coordinator:
         deadline = time.monotonic() + self.timeout
         missing = [rank for rank in range(self.world_size) if rank != self.rank]
         while missing:
-            missing = [rank for rank in missing if not self._store.check([f"{key}/{rank}"])]
+            missing = [rank for rank in missing if not self._store.has(f"{key}/{rank}")]
             if missing:
                 self._raise_announced(name)
             if missing and time.monotonic() > deadline:
