@@ -164,10 +164,10 @@ class _Experiment:
         """The training dataset on every rank; the preflight's findings."""
         shared = self.directory.path.parent / SHARED_CORPORA
         phase = self.coordinator.main_phase
-        with self.keeper.timed("corpus"):
+        with self.keeper.clock.timed("corpus"):
             artifacts = phase("corpus", lambda should_stop: self.task.build(shared, self.say, should_stop))
             dataset = self.task.open(artifacts)
-        with self.keeper.timed("preflight"):
+        with self.keeper.clock.timed("preflight"):
             preflight = phase("preflight", lambda _: self.task.preflight(self.say))
         return dataset, preflight
 

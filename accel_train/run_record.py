@@ -8,8 +8,7 @@ themselves.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from accel_train.record import (
 )
 from accel_train.report import training_curves
 from accel_train.training.callbacks import Callback, LoopState
+from accel_train.training.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from accel_train.rundir import RunDirectory
@@ -45,7 +45,7 @@ class RecordKeeper(Callback):
         self.record: dict[str, Any] = {}
         self.found_status: str | None = None
         self._trainer: Trainer | None = None
-        self._seconds: dict[str, float] = {}
+        self.clock = Stopwatch()
         self._earlier: dict[str, float] = {}
         self._began = time.perf_counter()
         self._metrics: MetricsLog | None = None
@@ -79,15 +79,6 @@ class RecordKeeper(Callback):
         self.record["gate"]["preflight"] = preflight
         self.record["provenance"]["machine"] = machine
         self.record["provenance"]["hook_list"] = self.hooks
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Count the block's seconds as ``phase``."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - started
 
     # -- callbacks -------------------------------------------------------------------------
 
@@ -188,13 +179,14 @@ class RecordKeeper(Callback):
         }
 
     def _fill_timing(self, trainer: Trainer) -> None:
-        launch = {**self._seconds, **trainer.seconds, "total": time.perf_counter() - self._began}
+        launch = {**self.clock.seconds, **trainer.clock.seconds, "total": time.perf_counter() - self._began}
         names = {**self._earlier, **launch}
         seconds = {name: self._earlier.get(name, 0.0) + launch.get(name, 0.0) for name in names}
+        training = trainer.clock.seconds.get("training", 0.0)
         trained = trainer.state.tokens_seen - trainer.tokens_at_start
         self.record["timing"] = {
             "seconds": seconds,
-            "tokens_per_second": trained / trainer.seconds["training"] if trainer.seconds["training"] else None,
+            "tokens_per_second": trained / training if training else None,
         }
 
     def _append(self, line: dict[str, Any]) -> None:

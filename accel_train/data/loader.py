@@ -44,10 +44,12 @@ def seed_worker(_worker_id: int) -> None:
     np.random.seed(seed)  # noqa: NPY002 - what a dataset's own code would draw from
 
 
-def build_loader(dataset: Any, sampler: GlobalBatchSampler, *, num_workers: int, seed: int) -> DataLoader[Any]:
+def build_loader(
+    dataset: DatasetWithIds, sampler: GlobalBatchSampler, *, num_workers: int, seed: int
+) -> DataLoader[Any]:
     """A DataLoader over ``sampler``'s batches; its generator keeps the global random state untouched."""
     return DataLoader(
-        DatasetWithIds(dataset),
+        dataset,
         batch_sampler=sampler,  # type: ignore[arg-type] # arrays of ids instead of lists
         num_workers=num_workers,
         collate_fn=_as_is,

@@ -75,12 +75,13 @@ class _Board:
         exchange = dist.distributed_c10d._get_default_store()
         address_key, timeout = f"accel_train/board{next(_boards)}", timedelta(seconds=timeout_seconds)
         host = os.environ.get("MASTER_ADDR", "localhost")
-        if rank == 0:
-            self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        serves = rank == 0
+        port = 0 if serves else int(exchange.get(address_key))
+        self._store = dist.TCPStore(  # type: ignore[attr-defined] # exported, but not by name
+            host, port, is_master=serves, wait_for_workers=False, timeout=timeout
+        )
+        if serves:
             exchange.set(address_key, str(self._store.port))
-        else:
-            port = int(exchange.get(address_key))
-            self._store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
 
     def set(self, key: str, value: str) -> None:
         with _lost_if_it_fails():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,12 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
 )
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from accel_train.config import ConfigError, TrainingConfig
+
+_MAX_WARM_UP_PASSES = 5
 
 
 def build_accelerator(
@@ -93,3 +97,26 @@ def machine(accelerator: Accelerator) -> dict[str, Any]:
         "torch": torch.__version__,
         "num_processes": accelerator.num_processes,
     }
+
+
+def warm_up_buckets(model: nn.Module, backward: Callable[[], None]) -> None:
+    """Throwaway backwards until DDP has rebuilt its buckets; leaves buffers as they were.
+
+    The first backward of a process sums gradients in another order than all later ones. After
+    this the first one that counts is a later one, in a fresh run and in a resumed one alike.
+    """
+    saved = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    model.train()
+    for done in range(_MAX_WARM_UP_PASSES):
+        backward()
+        if done >= 1 and _buckets_are_rebuilt(model):
+            break
+    for buffer, content in saved:
+        buffer.copy_(content)
+
+
+def _buckets_are_rebuilt(model: nn.Module) -> bool:
+    if not isinstance(model, DistributedDataParallel):
+        return True
+    data: dict[str, Any] = model._get_ddp_logging_data()  # type: ignore[no-untyped-call]
+    return bool(data.get("has_rebuilt_buckets", True))

@@ -12,8 +12,8 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,23 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from accel_train.config import CheckpointConfig, ConfigError, TrainingConfig, canonical_json, result_values
-from accel_train.data.loader import build_loader, count_tokens
-from accel_train.data.order import GlobalBatchSampler, fingerprint_terms
+from accel_train.config import CheckpointConfig, TrainingConfig, canonical_json, result_values
+from accel_train.data.loader import DatasetWithIds, build_loader, count_tokens
 from accel_train.interrupt import Interrupted
 from accel_train.training.callbacks import Callback, LoopState, overriding
 from accel_train.training.checkpoint import Checkpointer, CheckpointError
 from accel_train.training.coordination import Coordinator, LostPeer, PeerFailed
 from accel_train.training.diagnosis import NonFinite, first_bad_tensor
 from accel_train.training.hooks import Hooks
+from accel_train.training.ledger import Ledger
 from accel_train.training.losses import next_token_cross_entropy
+from accel_train.training.optimizer import build_optimizer
+from accel_train.training.plan import Plan
 from accel_train.training.preemption import StopSignal
-from accel_train.training.runtime import arithmetic, build_accelerator, machine
-from accel_train.training.schedule import cosine_with_warmup, warmup_steps
+from accel_train.training.runtime import arithmetic, build_accelerator, machine, warm_up_buckets
 from accel_train.training.state import TrainingState
+from accel_train.training.stopwatch import Stopwatch
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,6 @@ Evaluator = Callable[[nn.Module, LoopState, Callable[[], bool]], dict[str, Any]]
 model; returns JSON values. ``"passed": True`` marks the checkpoint to keep, ``"stop": True`` ends
 training. It draws random numbers from generators of its own."""
 
-_MAX_WARM_UP_PASSES = 5
 _LOST_PEER_SIGNS = (
     "connection closed",
     "connection reset",
@@ -118,7 +118,7 @@ class Trainer:
         self.accelerator = accelerator or build_accelerator(self.config)
         self.state = TrainingState()
         self.tokens_at_start = 0
-        self.seconds = {"training": 0.0, "evaluation": 0.0, "checkpoint": 0.0, "start": 0.0}
+        self.clock = Stopwatch()
         self._handles_signals = coordinator is None and run_dir is not None
         self._coordinator = coordinator or Coordinator(StopSignal(), self.config.timeout_seconds)
         self._stop = self._coordinator.stop
@@ -128,7 +128,12 @@ class Trainer:
         self._callbacks = tuple(callbacks)
         self._on_step_end = overriding(self._callbacks, "on_step_end")
 
-        self._plan(dataset)
+        self.plan = Plan(self.config, len(dataset), self._coordinator.world_size, self._coordinator.rank, seed)
+        self.loop_state = LoopState(
+            total_steps=self.plan.total_steps,
+            steps_per_epoch=self.plan.steps_per_epoch,
+            schedule=self.plan.learning_rate,
+        )
         self._prepare(model, dataset)
 
         self._checkpointer: Checkpointer | None = None
@@ -144,49 +149,25 @@ class Trainer:
                 extra_files=extra_files,
             )
 
-    def _plan(self, dataset: Any) -> None:
-        config, world = self.config, self._coordinator.world_size
-        config.check_world_size(world)
-        self.steps_per_epoch = len(dataset) // config.batch_size
-        if self.steps_per_epoch == 0:
-            raise ConfigError(
-                "training.batch_size",
-                config.batch_size,
-                f"is larger than the dataset of {len(dataset)} samples; use a smaller batch or more data",
-            )
-        budget = config.max_epochs * self.steps_per_epoch
-        self.total_steps = budget if config.max_steps == -1 else min(budget, config.max_steps)
-        self._accumulation = config.gradient_accumulation_steps
-        self._micro_batch = config.batch_size // self._accumulation
-        local = self._micro_batch // world
-        self._samples = len(dataset)
-        self._own_positions = self._coordinator.rank * local + np.arange(local, dtype=np.int64)
-
     def _prepare(self, model: nn.Module, dataset: Any) -> None:
-        config = self.config
-        self._sampler = self._new_sampler()
-        self._dataset_loader = build_loader(dataset, self._sampler, num_workers=config.num_workers, seed=self.seed)
-        warm_up = warmup_steps(config, self.total_steps)
-
-        def lr_factor(step: int) -> float:
-            return cosine_with_warmup(step, warm_up, self.total_steps, config.min_lr_ratio)
-
-        self.loop_state = LoopState(
-            total_steps=self.total_steps,
-            steps_per_epoch=self.steps_per_epoch,
-            schedule=lambda step: config.learning_rate * lr_factor(step),
-        )
-        optimizer = build_optimizer(model, config, self.accelerator.device)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
+        config, plan, device = self.config, self.plan, self.accelerator.device
+        self._sampler = plan.sampler()
+        self._dataset = DatasetWithIds(dataset)
+        loader = build_loader(self._dataset, self._sampler, num_workers=config.num_workers, seed=self.seed)
+        optimizer = build_optimizer(model, config, device)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.lr_factor)
         self.model, self._optimizer, self._scheduler, self._loader = self.accelerator.prepare(
-            model, optimizer, scheduler, self._dataset_loader
+            model, optimizer, scheduler, loader
         )
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
-        device = self.accelerator.device
-        capacity = (max(config.log_interval, 1) + 1) * self._accumulation
-        self._losses = torch.zeros(capacity, dtype=torch.float32, device=device)
-        self._recorded = 0
-        self._local_fingerprint = 0
+        self._ledger = Ledger(
+            (config.log_interval + 1) * plan.accumulation,
+            plan.accumulation,
+            plan.world_size,
+            self.accelerator.gather,
+            device,
+        )
+        self._own_positions = plan.own_positions()
         self._position = 0
         # With loss scaling an overflow is normal and the scaler skips the step by itself.
         self._watches_norm = self.accelerator.scaler is None
@@ -216,7 +197,7 @@ class Trainer:
         signals = self._stop.installed() if self._handles_signals else nullcontext()
         with signals:
             try:
-                with self._timed("start"):
+                with self.clock.timed("start"):
                     self._start()
                 for callback in self._callbacks:
                     callback.on_train_start(self.loop_state)
@@ -224,7 +205,7 @@ class Trainer:
                 for callback in self._callbacks:
                     callback.on_train_end(self.loop_state)
             except RuntimeError as error:
-                if self._coordinator.world_size > 1 and _is_lost_peer(error):
+                if self.plan.world_size > 1 and _is_lost_peer(error):
                     raise LostPeer(f"another rank is gone: {str(error).strip().splitlines()[0]}") from error
                 raise
             finally:
@@ -234,8 +215,9 @@ class Trainer:
 
     def _start(self) -> None:
         """Warm DDP's buckets up, then load the newest checkpoint or seed a fresh start."""
-        if self._coordinator.world_size > 1:
-            self._warm_up_buckets()
+        if self.plan.world_size > 1:
+            batch = self._batch_of(0, 0)
+            warm_up_buckets(self.model, lambda: self._throwaway_backward(batch))
         restored = self._checkpointer.load() if self._checkpointer is not None else None
         in_force, here = arithmetic(self.accelerator), machine(self.accelerator)
         if restored is None:
@@ -246,10 +228,9 @@ class Trainer:
             self.state = restored
             self._note_resume(in_force, here)
         self.tokens_at_start = self.state.tokens_seen
-        self.state.world_sizes.append(self._coordinator.world_size)
+        self.state.world_sizes.append(self.plan.world_size)
         self.loop_state.step, self.loop_state.epoch = self.state.step, self.state.epoch
-        self._position = self.state.epoch * self.steps_per_epoch * self.config.batch_size
-        self._position += self.state.step_in_epoch * self.config.batch_size
+        self._position = self.plan.first_position(self.state.epoch, self.state.step_in_epoch)
 
     def _note_resume(self, in_force: dict[str, str], here: dict[str, Any]) -> None:
         state = self.state
@@ -262,51 +243,32 @@ class Trainer:
         changes = {k: [state.machine.get(k), v] for k, v in here.items() if state.machine.get(k) != v}
         for name, (before, now) in changes.items():
             log.warning("resuming with %s = %r instead of %r: the bits may differ", name, now, before)
-        world = self._coordinator.world_size
+        world = self.plan.world_size
         state.resumes.append({"step": state.step, "world_size": world, "changes": changes})
         if world > state.machine.get("num_processes", world):
             log.warning("ranks that are new start with random states derived from seed, step and rank")
         state.machine = here
         log.info("resumed at step %d", state.step)
 
-    def _warm_up_buckets(self) -> None:
-        """Throwaway backwards until DDP has rebuilt its buckets.
-
-        The first backward of a process sums gradients in another order than all later ones; after
-        this, the first one that counts is a later one, in a fresh run and in a resumed one alike.
-        """
-        buffers = [(b, b.detach().clone()) for b in self.unwrapped_model.buffers()]
-        batch = self._batch_of(0, 0)
-        self.model.train()
-        for done in range(_MAX_WARM_UP_PASSES):
-            self.accelerator.backward(self._loss_fn(self.model, batch))
-            self._optimizer.zero_grad()
-            if done >= 1 and _buckets_are_rebuilt(self.model):
-                break
-        for live, saved in buffers:
-            live.copy_(saved)
-
-    def _new_sampler(self) -> GlobalBatchSampler:
-        return GlobalBatchSampler(
-            self._samples, self._micro_batch, self.seed, self.steps_per_epoch * self._accumulation
-        )
-
     def _batch_of(self, epoch: int, micro_step: int) -> Any:
         """This rank's slice of a micro-step's batch, on the device, outside the loader."""
-        sampler = self._new_sampler()
+        sampler = self.plan.sampler()
         sampler.seek(epoch, micro_step)
-        ids = next(iter(sampler))[self._own_positions]
-        _, batch = self._dataset_loader.dataset.__getitems__(ids)  # type: ignore[attr-defined]
+        _, batch = self._dataset.__getitems__(next(iter(sampler))[self._own_positions])
         return send_to_device(batch, self.accelerator.device)
+
+    def _throwaway_backward(self, batch: Any) -> None:
+        self.accelerator.backward(self._loss_fn(self.model, batch))
+        self._optimizer.zero_grad()
 
     def _train(self) -> None:
         state = self.state
         self.model.train()
-        self._log_mark = (time.perf_counter(), state.step, state.tokens_seen)
+        self._rate_mark = (time.perf_counter() - self.clock.idle_of("training"), state.tokens_seen)
         if state.evaluation_due:
             self._evaluate_and_commit()
-        while state.step < self.total_steps and not state.stopped:
-            with self._timed("training"):
+        while state.step < self.plan.total_steps and not state.stopped:
+            with self.clock.timed("training"):
                 self._run_epoch()
             if not state.stopped:
                 self._evaluate_and_commit()
@@ -314,11 +276,11 @@ class Trainer:
     def _run_epoch(self) -> None:
         """Steps up to the end of the epoch, of the budget, or until an evaluation stops training."""
         state = self.state
-        self._sampler.seek(state.epoch, state.step_in_epoch * self._accumulation)
+        self._sampler.seek(state.epoch, state.step_in_epoch * self.plan.accumulation)
         for ids, batch in self._loader:
             if self._micro_step(ids, batch) and self._end_step():
                 break
-        if state.step_in_epoch == self.steps_per_epoch:
+        if state.step_in_epoch == self.plan.steps_per_epoch:
             state.epoch, state.step_in_epoch = state.epoch + 1, 0
             self.loop_state.epoch = state.epoch
         state.evaluation_due = not state.stopped
@@ -329,18 +291,16 @@ class Trainer:
         with accelerator.accumulate(self.model):
             loss = self._loss_fn(self.model, batch)
             value = loss.detach()
-            self._losses[self._recorded] = value
-            if self._coordinator.world_size > 1:
+            if self.plan.world_size > 1:
                 # Times 1 exactly, or NaN: a loss that is not finite reaches every rank's gradients.
                 loss = loss * (value * 0 + 1)
             accelerator.backward(loss)
             completed = bool(accelerator.sync_gradients)
             if completed:
                 self._update(value)
-        self._recorded += 1
-        self._local_fingerprint += fingerprint_terms(self._position + self._own_positions, ids)
-        self._position += self._micro_batch
-        self.state.tokens_seen += count_tokens(batch) * self._coordinator.world_size
+        self._ledger.enter(value, self._position + self._own_positions, ids)
+        self._position += self.plan.micro_batch
+        self.state.tokens_seen += count_tokens(batch) * self.plan.world_size
         return completed
 
     def _update(self, loss: torch.Tensor) -> None:
@@ -367,8 +327,8 @@ class Trainer:
             call(loop)
         if state.step % config.log_interval == 0:
             self._log()
-        if state.step_in_epoch == self.steps_per_epoch or state.step == self.total_steps:
-            return state.step == self.total_steps
+        if state.step_in_epoch == self.plan.steps_per_epoch or state.step == self.plan.total_steps:
+            return state.step == self.plan.total_steps
         if config.eval_interval is not None and state.step % config.eval_interval == 0:
             state.evaluation_due = True
             self._evaluate_and_commit()
@@ -389,7 +349,7 @@ class Trainer:
         self._flush()
         if self._coordinator.drain():
             self._preempt()
-        is_last = state.step == self.total_steps
+        is_last = state.step == self.plan.total_steps
         epoch_ended = state.step_in_epoch == 0 or is_last
         done = bool(state.evaluations) and state.evaluations[-1]["step"] == state.step
         wanted = interval is None or state.step % interval == 0 or is_last
@@ -412,7 +372,7 @@ class Trainer:
     def _run_evaluator(self) -> dict[str, Any]:
         assert self._evaluate_fn is not None
         evaluate, model = self._evaluate_fn, self.unwrapped_model
-        with self._timed("evaluation"):
+        with self.clock.timed("evaluation"):
             try:
                 verdict = self._coordinator.main_phase(
                     "evaluation", lambda should_stop: evaluate(model, self.loop_state, should_stop)
@@ -426,7 +386,7 @@ class Trainer:
         self._flush()
         if self._checkpointer is None:
             return
-        with self._timed("checkpoint"):
+        with self.clock.timed("checkpoint"):
             path = self._checkpointer.save(self.state)
         for callback in self._callbacks:
             callback.on_checkpoint(self.loop_state, path)
@@ -443,34 +403,19 @@ class Trainer:
         Raises:
             NonFinite: on all ranks, when a loss is not finite or an update was skipped.
         """
-        if self._recorded == 0:
-            return
-        world = self._coordinator.world_size
-        losses = self._losses[: self._recorded]
-        prints = torch.tensor([_as_signed(self._local_fingerprint)], device=losses.device)
-        if world > 1:
-            losses, prints = self.accelerator.gather(losses), self.accelerator.gather(prints)
-        table = losses.cpu().numpy().astype(np.float64).reshape(world, -1, self._accumulation)
-        # Summed in rank order on the host: the order of an all-reduce depends on its length.
-        per_step = np.zeros(table.shape[1])
-        for rank in range(world):
-            for micro_step in range(self._accumulation):
-                per_step += table[rank, :, micro_step]
-        per_step /= world * self._accumulation
-        self.state.fingerprint = (self.state.fingerprint + sum(int(p) for p in prints.tolist())) % 2**64
-        self.state.train_loss.extend(per_step.tolist())
-        self._recorded, self._local_fingerprint = 0, 0
-        bad = np.flatnonzero(~np.isfinite(per_step))
-        if bad.size:
-            raise self._non_finite(len(self.state.train_loss) - per_step.size + int(bad[0]))
-        if self._freezes_on_device and float(self._frozen):
-            raise self._non_finite(len(self.state.train_loss) - per_step.size)
+        losses, fingerprint = self._ledger.settle()
+        first = len(self.state.train_loss)
+        self.state.train_loss.extend(losses)
+        self.state.fingerprint = (self.state.fingerprint + fingerprint) % 2**64
+        bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        if bad is None and self._freezes_on_device and float(self._frozen):
+            bad = 0
+        if bad is not None:
+            raise self._non_finite(first + bad)
 
     def _log(self) -> None:
         self._flush()
         state, loop = self.state, self.loop_state
-        started, _, tokens = self._log_mark
-        now = time.perf_counter()
         line = {
             "step": state.step,
             "epoch": state.epoch,
@@ -478,68 +423,31 @@ class Trainer:
             "lr": loop.lr,
             "grad_norm": loop.grad_norm,
             "tokens_seen": state.tokens_seen,
-            "tokens_per_second": (state.tokens_seen - tokens) / max(now - started, 1e-9),
+            "tokens_per_second": self._tokens_per_second(),
         }
         if self._hooks:
             line.update(self._hooks.scalars())
         for callback in self._callbacks:
             callback.on_log(loop, line)
-        self._log_mark = (time.perf_counter(), state.step, state.tokens_seen)
+
+    def _tokens_per_second(self) -> float:
+        """Since the last call, time in other phases than training left out."""
+        now = time.perf_counter() - self.clock.idle_of("training")
+        before, tokens = self._rate_mark
+        self._rate_mark = (now, self.state.tokens_seen)
+        return (self.state.tokens_seen - tokens) / max(now - before, 1e-9)
 
     def _non_finite(self, step: int) -> NonFinite:
         """Replay the batch of update ``step`` (0-based) on every rank and name what is not finite."""
-        epoch, within = divmod(step, self.steps_per_epoch)
+        epoch, within = divmod(step, self.plan.steps_per_epoch)
         finding: str | None = None
-        for micro_step in range(self._accumulation):
-            batch = self._batch_of(epoch, within * self._accumulation + micro_step)
+        for micro_step in range(self.plan.accumulation):
+            batch = self._batch_of(epoch, within * self.plan.accumulation + micro_step)
             finding = finding or first_bad_tensor(self.unwrapped_model, batch, self._loss_fn)
         findings = self._coordinator.gather("diagnosis of a non-finite loss", finding)
         rank, first = next(((r, f) for r, f in enumerate(findings) if f), (0, None))
         where = f"{first} on rank {rank}" if first else "nothing non-finite in a replay of its batch"
         return NonFinite(step + 1, where)
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        """Add the block's seconds to ``phase``; time inside a nested phase counts for that one only."""
-        before, started = sum(self.seconds.values()), time.perf_counter()
-        try:
-            yield
-        finally:
-            elapsed = time.perf_counter() - started
-            nested = sum(self.seconds.values()) - before
-            self.seconds[phase] += elapsed - nested
-            if phase != "training" and hasattr(self, "_log_mark"):
-                start, step, tokens = self._log_mark
-                self._log_mark = (start + elapsed, step, tokens)
-
-
-def build_optimizer(model: nn.Module, config: TrainingConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW, fused where the device has the kernel; weight decay on all parameters or on matrices only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if config.weight_decay_on == "matrices":
-        groups = [
-            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-        ]
-    else:
-        groups = [{"params": trained, "weight_decay": config.weight_decay}]
-    return torch.optim.AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.eps,
-        fused=device.type in {"cpu", "cuda"},
-    )
-
-
-def _buckets_are_rebuilt(model: nn.Module) -> bool:
-    read = getattr(model, "_get_ddp_logging_data", dict) if isinstance(model, DistributedDataParallel) else dict
-    return bool(read().get("has_rebuilt_buckets", True))
-
-
-def _as_signed(value: int) -> int:
-    value %= 2**64
-    return value - 2**64 if value >= 2**63 else value
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:
