@@ -105,19 +105,22 @@ def newest_sound(directory: Path, *, set_aside: bool = False) -> Path | None:
     Raises:
         CheckpointError: there are checkpoints, but every one is damaged.
     """
-    damaged = []
+    damaged: dict[Path, str] = {}
     for _, path in reversed(list_checkpoints(directory)):
         problems = verify(path)
-        if not problems:
-            return path
-        damaged.append(f"{path.name}: {'; '.join(problems)}")
-        log.warning("damaged checkpoint %s", damaged[-1])
-        if set_aside:
-            path.rename(path.with_name(f".damaged-{path.name}-{secrets.token_hex(4)}"))
+        if problems:
+            damaged[path] = "; ".join(problems)
+            log.warning("damaged checkpoint %s: %s", path.name, damaged[path])
+            continue
+        # Only now: as long as none is sound, every launch must find them all and refuse to start over.
+        for bad in damaged if set_aside else ():
+            bad.rename(bad.with_name(f".damaged-{bad.name}-{secrets.token_hex(4)}"))
+        return path
     if damaged:
+        found = " | ".join(f"{path.name}: {problems}" for path, problems in damaged.items())
         raise CheckpointError(
-            f"every checkpoint in {directory} is damaged ({' | '.join(damaged)}); "
-            "restore one from a backup, or start over with --fresh"
+            f"every checkpoint in {directory} is damaged ({found}); restore one from a backup, or start over with "
+            "--fresh"
         )
     return None
 
@@ -243,9 +246,11 @@ class Checkpointer:
         saved = {entry["rank"]: entry["sha256"] for entry in manifest["rng"]}
         if rank not in saved:
             set_seed(derive_rank_seed(self._seed, state.step, rank))
-        elif rng_digest() != saved[rank]:
+        restored = rank not in saved or rng_digest() == saved[rank]
+        failed = [r for r, ok in enumerate(self._coordinator.gather("restored random states", restored)) if not ok]
+        if failed:
             raise CheckpointError(
-                f"{path}: the random state of rank {rank} was not restored (its live digest differs from the "
+                f"{path}: the random state of rank {failed} was not restored (its live digest differs from the "
                 "manifest's): the number of visible GPUs or a library version may have changed"
             )
 
@@ -272,7 +277,8 @@ class Checkpointer:
             "rng": [{"rank": rank, "sha256": digest} for rank, digest in enumerate(rng)],
         }
         manifest["self_sha256"] = _digest(manifest)
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        # No newline at the end: every truncation makes it invalid JSON.
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
         fsync_file(temporary / MANIFEST)
         fsync_directory(temporary)
         temporary.rename(target)

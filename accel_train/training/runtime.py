@@ -43,7 +43,7 @@ def build_accelerator(
         # Read by cuBLAS when CUDA starts, so it must stand before the Accelerator does.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     accelerator = Accelerator(
-        dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=False),
+        dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=False, non_blocking=True),
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
         ),

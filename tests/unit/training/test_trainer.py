@@ -381,3 +381,12 @@ def test_the_scheduler_advances_once_per_step_under_accumulation(tiny_model, tin
     trainer = Trainer(tiny_model(), tiny_dataset(), config)
     trainer.fit()
     assert trainer._scheduler.scheduler.last_epoch == 5
+
+
+def test_data_loading_workers_change_nothing(tiny_model, tiny_dataset):
+    alone, helped = tiny_model(dropout=0.2), tiny_model(dropout=0.2)
+    config = TrainingConfig(max_epochs=2, batch_size=8, num_workers=2)
+    with_workers = Trainer(helped, tiny_dataset(), config).fit()
+    without = Trainer(alone, tiny_dataset(), TrainingConfig(max_epochs=2, batch_size=8)).fit()
+    assert weights(alone) == weights(helped)
+    assert with_workers.fingerprint == without.fingerprint
