@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command of under 8 minutes: the tests marked gpu, the anchor run
+# to its gate, and the generation benchmark. Results go to $OUT (default: results/gpu).
+#
+#   scripts/bench_gpu.sh            PYTHON=/path/to/python3 scripts/bench_gpu.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+out=${OUT:-results/gpu}
+mkdir -p "$out"
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+
+"$python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "bench_gpu.sh: no CUDA device here")'
+"$python" -m pytest -q -m gpu tests 2>&1 | tee "$out/tests.log"
+
+echo "== walks_anchor.yaml to its gate"
+timeout 330 "$python" -m accelerate.commands.launch --config_file accelerate_config.yaml scripts/train.py \
+    --config examples/walks_anchor.yaml --output_dir "$out/results" --training.log_interval 500 2>&1 |
+    tee "$out/anchor.log" || echo "the anchor run ended with ${PIPESTATUS[0]}"
+"$python" - "$out" <<'PY'
+import json, pathlib, sys
+
+for path in pathlib.Path(sys.argv[1], "results").glob("walks_*/result.json"):
+    record = json.loads(path.read_text())
+    scalars, timing = record["metrics"]["scalars"], record["timing"]
+    print(json.dumps({
+        "status": record["status"], "gate": record["gate"]["passed"], "epochs": scalars["epochs_trained"],
+        "rule_compliance": scalars["final_rule_compliance"], "seconds": timing["seconds"],
+        "tokens_per_second": timing["tokens_per_second"],
+    }))
+PY
+
+echo "== generation"
+"$python" scripts/bench.py generate --json | tee "$out/generate.json"

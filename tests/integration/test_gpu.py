@@ -1,0 +1,130 @@
+"""What only a CUDA device can show; run by `scripts/bench_gpu.sh`, skipped elsewhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from harness import ACCELERATE, ROOT, TINY, outcome, record, write_config
+
+from accel_train.config import ModelConfig, TrainingConfig
+from accel_train.data.windows import WalkDataset
+from accel_train.model.generation import generate
+from accel_train.model.transformer import TransformerLM
+from accel_train.training.callbacks import Callback
+from accel_train.training.diagnosis import NonFinite
+from accel_train.training.trainer import Trainer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+MODEL = ModelConfig(d_model=32, n_layers=2, n_heads=2, max_seq_len=16, dropout=0.1)
+
+
+def on_gpu(config: Path, *launcher: str, expect: int | None = 0, **env: str) -> str:
+    """Launch with the device left to Accelerate."""
+
+    keep = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
+    path = os.pathsep.join([str(Path(__file__).parent), str(ROOT), *filter(None, [keep.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [*ACCELERATE, *launcher, str(ROOT / "scripts" / "train.py"), "--config", str(config)],
+        env={**keep, "PYTHONPATH": path, **env},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert expect is None or done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def dataset() -> WalkDataset:
+    generator = torch.Generator().manual_seed(0)
+    return WalkDataset(torch.randint(0, 50, (512, 17), generator=generator).numpy().astype("uint16"), 16)
+
+
+def test_the_quick_run_passes_its_gate_on_the_gpu(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    quick = ROOT / "examples" / "walks_quick.yaml"
+    config = write_config(tmp_path / "c.yaml", yaml.safe_load(quick.read_text()), {"output_dir": str(results)})
+    on_gpu(config)
+    found = record(results)
+    assert found["gate"]["passed"]
+    assert found["provenance"]["machine"]["device"] == torch.cuda.get_device_name()
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_sigkill_on_the_gpu_changes_no_bit(tmp_path: Path, precision: str) -> None:
+    hooks = {"hooks": {"update": ["killing:at_step"]}}
+    configs = {
+        name: write_config(tmp_path / f"{name}.yaml", TINY, hooks, {"output_dir": str(tmp_path / name)})
+        for name in ("left alone", "killed")
+    }
+    precision_flag = ("--mixed_precision", precision)
+    on_gpu(configs["left alone"], *precision_flag)
+    mark = tmp_path / "mark"
+    on_gpu(configs["killed"], *precision_flag, expect=None, KILL_AT_STEP="31", KILL_MARK=str(mark))
+    assert mark.exists()
+    on_gpu(configs["killed"], *precision_flag)
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "left alone")
+
+
+def test_a_nan_freezes_the_weights_on_the_device_until_the_log_boundary() -> None:
+    torch.manual_seed(0)
+    model = TransformerLM(MODEL, 50)
+    kept: dict[str, torch.Tensor] = {}
+
+    class Poison(Callback):
+        def on_step_end(self, state):
+            if state.step == 3:
+                kept.update({k: v.clone() for k, v in trainer.unwrapped_model.state_dict().items()})
+                trainer.poisoned = True
+
+    def loss_fn(model, batch):
+        logits = model(batch[0])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[1].flatten())
+        return loss * torch.nan if getattr(trainer, "poisoned", False) else loss
+
+    config = TrainingConfig(batch_size=32, max_epochs=2, log_interval=10)
+    trainer = Trainer(model, dataset(), config, loss_fn=loss_fn, callbacks=[Poison()])
+    with pytest.raises(NonFinite) as stopped:
+        trainer.fit()
+    assert stopped.value.step == 4
+    assert trainer.loop_state.step == 10
+    after = trainer.unwrapped_model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in kept.items())
+
+
+def test_no_step_between_two_log_boundaries_waits_for_the_device() -> None:
+    torch.manual_seed(0)
+
+    class Strict(Callback):
+        def on_step_end(self, state):
+            # From the third step on: the first ones build kernels and allocate.
+            torch.cuda.set_sync_debug_mode("error" if 3 <= state.step < 9 else "default")
+
+    config = TrainingConfig(batch_size=32, max_epochs=1, log_interval=20)
+    trainer = Trainer(TransformerLM(MODEL, 50), dataset(), config, callbacks=[Strict()])
+    try:
+        state = trainer.fit()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert state.step == 16
+
+
+def test_greedy_generation_on_the_gpu_agrees_with_a_pass_without_cache() -> None:
+    torch.manual_seed(0)
+    model = TransformerLM(MODEL, 50).cuda().eval()
+    prompts = torch.randint(0, 50, (8, 4), device="cuda")
+    cached = generate(model, prompts, 17)
+    tokens = prompts
+    with torch.no_grad():
+        while tokens.shape[1] < 17:
+            tokens = torch.cat([tokens, model(tokens)[:, -1].argmax(-1, keepdim=True)], 1)
+    assert (cached == tokens).float().mean() > 0.99
