@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,14 @@ from accel_train.interrupt import Interrupted
 from accel_train.lock import RunLocked
 from accel_train.model.transformer import TransformerLM
 from accel_train.run_record import RecordKeeper
-from accel_train.rundir import CONFIG_FILE, RunDirectory, dump_config, open_log, read_config
+from accel_train.rundir import CONFIG_FILE, RunDirectory, RunLog, dump_config, read_config
 from accel_train.tasks.base import Task
 from accel_train.tasks.walks import CorpusError, WalksTask
 from accel_train.training.callbacks import Callback, LoopState
 from accel_train.training.checkpoint import CheckpointError, list_checkpoints, newest_sound, read_manifest, verify
 from accel_train.training.coordination import Coordinator, LostPeer, PeerFailed
 from accel_train.training.diagnosis import NonFinite
-from accel_train.training.hooks import build_hooks
+from accel_train.training.hooks import Hooks, build_hooks
 from accel_train.training.preemption import StopSignal
 from accel_train.training.progress import Progress, be_silent, say
 from accel_train.training.runtime import arithmetic, build_accelerator, machine
@@ -66,11 +66,13 @@ def run(config: ExperimentConfig, *, fresh: bool = False, command: Sequence[str]
             config.training, log_with=config.tracking.log_with, project_dir=directory.path / "tracking"
         )
         coordinator = Coordinator(stop, config.training.timeout_seconds)
-        experiment = _Experiment(config, directory, init, accelerator, coordinator, command)
+        run_log = RunLog(coordinator.rank)
+        experiment = _Experiment(config, directory, init, accelerator, coordinator, command, run_log)
         try:
             return experiment.run(fresh)
         finally:
             directory.close()
+            run_log.close()
             if dist.is_initialized():
                 dist.destroy_process_group()
 
@@ -86,8 +88,9 @@ class _Experiment:
         accelerator: Accelerator,
         coordinator: Coordinator,
         command: Sequence[str],
+        run_log: RunLog,
     ) -> None:
-        self.config, self.directory, self.init = config, directory, init
+        self.config, self.directory, self.init, self.run_log = config, directory, init, run_log
         self.accelerator, self.coordinator = accelerator, coordinator
         self.task: Task = WalksTask(config)
         self.say = say if coordinator.is_main else be_silent
@@ -99,55 +102,63 @@ class _Experiment:
         try:
             return self._run(fresh)
         except (Preempted, Interrupted) as outcome:
-            self._finish("preempted", str(outcome))
+            self._leave("preempted", str(outcome))
             self.say("preempted", f"{outcome}; run the same command again to continue")
             return EXIT_PREEMPTED
         except KeyboardInterrupt:
             self.say("stopped", "at once, by a second interrupt; the same command goes on from the last checkpoint")
             return EXIT_PREEMPTED
         except LostPeer as error:
-            self._complain(error)
+            log.error("%s", error)
             # The process group is beyond an orderly shutdown: leave before its destructors wait.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(EXIT_FAILED)
         except PeerFailed as error:
             log.error("%s", error)
-            return {"ConfigError": EXIT_USAGE, "RunLocked": EXIT_PREEMPTED}.get(error.kind, EXIT_FAILED)
-        except ConfigError:
+            code = {"ConfigError": EXIT_USAGE, "RunLocked": EXIT_PREEMPTED}.get(error.kind, EXIT_FAILED)
+            if code == EXIT_FAILED:
+                self._leave("failed", str(error))
+            return code
+        except ConfigError as error:
+            self.coordinator.announce_failure(error)
             raise
         except RunLocked as error:
-            self._complain(error)
+            log.error("%s", error)
             return EXIT_PREEMPTED
         except (NonFinite, CheckpointError, CorpusError, OSError, MemoryError, torch.OutOfMemoryError) as error:
             self.coordinator.announce_failure(error)
-            self._finish("failed", f"{type(error).__name__}: {error}")
-            self._complain(error)
+            log.error("%s", error)
+            self._leave("failed", f"{type(error).__name__}: {error}")
             return EXIT_FAILED
         except Exception as error:
             self.coordinator.announce_failure(error)
             log.exception("unexpected failure")
-            self._finish("failed", f"{type(error).__name__}: {error}")
-            traceback.print_exc()
+            if not self.coordinator.is_main:  # whose log goes to its file alone
+                traceback.print_exc()
+            self._leave("failed", f"{type(error).__name__}: {error}")
             return EXIT_FAILED
         finally:
             self.progress.close()
 
     def _run(self, fresh: bool) -> int:
+        # Before anything is written: a hook or weights that do not fit are the user's to mend.
+        model = build_model(self.config, self.task, self.init)
+        hooks = build_hooks(self.config.hooks, model)
         opened = self.coordinator.main_phase("run directory", lambda should_stop: self._open(fresh, should_stop))
         if opened["status"] == "completed":
             self.say("finished", opened["summary"])
             return EXIT_COMPLETED
-        open_log(self.directory.path, self.coordinator.rank, opened["launch"])
+        self.run_log.open(self.directory.path, opened["launch"])
         dataset, preflight = self._data()
-        trainer = self._trainer(dataset)
+        trainer = self._trainer(model, hooks, dataset)
         if self.coordinator.is_main:
             self.keeper.attach(trainer, preflight, machine(self.accelerator) | arithmetic(self.accelerator))
         trainer.fit()
         if self.config.tracking.log_with:
             self.accelerator.end_training()
-        self._finish("completed", None)
         if self.coordinator.is_main:
+            self.keeper.finish("completed", None)
             self.say("completed", self.keeper.summary())
             self.say("record", str(self.directory.path / "result.json"))
         return EXIT_COMPLETED
@@ -171,19 +182,19 @@ class _Experiment:
             preflight = phase("preflight", lambda _: self.task.preflight(self.say))
         return dataset, preflight
 
-    def _trainer(self, dataset: Any) -> Trainer:
+    def _trainer(self, model: TransformerLM, hooks: Hooks, dataset: Any) -> Trainer:
         config = self.config
-        model = build_model(config, self.task, self.init)
-        hooks = build_hooks(config.hooks, model)
         callbacks: list[Callback] = []
         if config.tracking.log_with:
-            self.accelerator.init_trackers(config.tracking.project, to_dict(config))
+            self.accelerator.init_trackers(config.tracking.project, dict(_flat(to_dict(config))))
             callbacks.append(_Trackers(self.accelerator))
         if self.coordinator.is_main:
             callbacks += [self.progress, self.keeper]
         self.keeper.hooks = list(hooks.names)
         count = sum(p.numel() for p in model.parameters())
-        self.say("model", f"{count} parameters on {self.accelerator.device}, {self.coordinator.world_size} process(es)")
+        world = self.coordinator.world_size
+        processes = "1 process" if world == 1 else f"{world} processes"
+        self.say("model", f"{count:,} parameters on {self.accelerator.device}, {processes}")
         return Trainer(
             model,
             dataset,
@@ -204,16 +215,14 @@ class _Experiment:
         verdict = self.task.evaluate(model, should_stop)
         return {**verdict.to_dict(), "stop": verdict.passed and self.config.stop_on_pass}
 
-    def _finish(self, status: str, reason: str | None) -> None:
+    def _leave(self, status: str, reason: str) -> None:
+        """Write the last record of a launch that did not complete; must not hide why it did not."""
         self.progress.close()
         if self.coordinator.is_main:
-            self.keeper.finish(status, reason)
-
-    def _complain(self, error: BaseException) -> None:
-        log.error("%s", error)
-        # Rank 0 logs to stderr at this level already, once its log is open.
-        if self.coordinator.is_main and not logging.getLogger("accel_train").handlers:
-            sys.stderr.write(f"accel-train: error: {error}\n")
+            try:
+                self.keeper.finish(status, reason)
+            except OSError as error:
+                log.error("the record could not be brought up to date: %s", error)
 
 
 class _Trackers(Callback):
@@ -228,6 +237,15 @@ class _Trackers(Callback):
     def on_evaluate(self, state: LoopState, evaluation: dict[str, Any]) -> None:
         figures = {k: v for k, v in evaluation.get("metrics", {}).items() if v is not None}
         self._accelerator.log(figures, step=evaluation["step"])
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int | float | str]]:
+    """Dotted names and plain values, as trackers want their hyperparameters."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value if isinstance(value, int | float | str) else str(value)
 
 
 # -- weights -------------------------------------------------------------------------------
@@ -261,11 +279,14 @@ def resolve_init(source: str | None) -> tuple[Path | None, str | None]:
     if source is None:
         return None, None
     path = Path(source)
+    if not path.is_dir():
+        rule = "is not a directory; name a run directory or one of its checkpoints"
+        raise ConfigError("training.init_from", source, rule)
     found = list_checkpoints(path / "checkpoints")
     checkpoint = found[-1][1] if found else path
     problems = verify(checkpoint)
     if problems:
-        raise ConfigError("training.init_from", source, f"holds no sound checkpoint ({'; '.join(problems)})")
+        raise ConfigError("training.init_from", source, f"holds no sound checkpoint ({'; '.join(problems)}); name another")
     return checkpoint, str(read_manifest(checkpoint)["files"][WEIGHTS]["sha256"])
 
 

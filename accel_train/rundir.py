@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +31,7 @@ from accel_train.config import (
 from accel_train.durable import write_atomic
 from accel_train.lock import RunLock
 from accel_train.record import read_record
+from accel_train.training.progress import ConsoleHandler
 
 CONFIG_FILE = "config.yaml"
 # The record goes first: a kill in the middle of archiving must not leave a directory that looks finished.
@@ -59,10 +59,15 @@ class RunDirectory:
 
         Raises:
             RunLocked: another live process holds it.
-            ConfigError: it belongs to another configuration.
+            ConfigError: it belongs to another configuration, or cannot be made.
             Interrupted: ``should_stop()`` turned true while waiting for the lock.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            # What no check beforehand can know: quotas, remote and virtual file systems.
+            where = f"cannot be written ({self.path}: {error.strerror}); choose another directory or name"
+            raise ConfigError("output_dir", self.config.output_dir, where) from error
         lock = RunLock(
             self.path,
             self.config.training.lock_timeout,
@@ -139,19 +144,37 @@ def read_config(path: Path) -> ExperimentConfig:
     return from_dict(values)
 
 
-def open_log(run_dir: Path, rank: int, launch: int) -> logging.Handler:
-    """Append this rank's log to ``logs/rank_N.log``; warnings of rank 0 also go to stderr."""
-    directory = run_dir / "logs"
-    directory.mkdir(exist_ok=True)
-    handler = logging.FileHandler(directory / f"rank_{rank}.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("accel_train")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    if rank == 0:
-        shown = logging.StreamHandler(sys.stderr)
-        shown.setLevel(logging.WARNING)
-        shown.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-        logger.addHandler(shown)
-    logger.info("launch %d, rank %d, pid %d", launch, rank, os.getpid())
-    return handler
+class RunLog:
+    """What the package logs in one launch: to ``logs/rank_N.log``, and warnings of rank 0 to stderr.
+
+    Args:
+        rank: of this process.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._logger = logging.getLogger("accel_train")
+        self._handlers: list[logging.Handler] = []
+        # Without any handler Python would print the warnings of every rank.
+        self._add(ConsoleHandler(logging.WARNING) if rank == 0 else logging.NullHandler())
+
+    def open(self, run_dir: Path, launch: int) -> None:
+        """Append to the rank's file in ``run_dir`` from here on."""
+        directory = run_dir / "logs"
+        directory.mkdir(exist_ok=True)
+        handler = logging.FileHandler(directory / f"rank_{self._rank}.log", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._logger.setLevel(logging.INFO)
+        self._add(handler)
+        self._logger.info("launch %d, rank %d, pid %d", launch, self._rank, os.getpid())
+
+    def close(self) -> None:
+        """Log nowhere any more; safe to call twice."""
+        while self._handlers:
+            handler = self._handlers.pop()
+            self._logger.removeHandler(handler)
+            handler.close()
+
+    def _add(self, handler: logging.Handler) -> None:
+        self._logger.addHandler(handler)
+        self._handlers.append(handler)

@@ -6,6 +6,7 @@ so that a log file stays readable. Only the main process makes one of these.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from typing import Any
@@ -14,7 +15,12 @@ from tqdm import tqdm
 
 from accel_train.training.callbacks import Callback, LoopState
 
-_SUMMARY_FIGURES = ("edge_compliance", "rule_compliance", "sampled_rule_compliance", "val_loss")
+_SUMMARY_FIGURES = {
+    "edge_compliance": "edge",
+    "rule_compliance": "rule",
+    "sampled_rule_compliance": "sampled rule",
+    "val_loss": "validation loss",
+}
 
 
 def say(phase: str, what: str) -> None:
@@ -25,6 +31,14 @@ def say(phase: str, what: str) -> None:
 
 def be_silent(_phase: str, _what: str) -> None:
     """:func:`say` for the other ranks."""
+
+
+class ConsoleHandler(logging.Handler):
+    """Log messages on stderr, in the form of the command line's own errors; a bar is not torn by them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one message, with its traceback if it has one."""
+        tqdm.write(f"accel-train: {record.levelname.lower()}: {self.format(record)}", file=sys.stderr)
 
 
 class Progress(Callback):
@@ -41,30 +55,34 @@ class Progress(Callback):
         self._bar: tqdm[Any] | None = None
         self._last: dict[str, Any] = {}
         self._evaluation: dict[str, Any] = {}
-        self._started = time.perf_counter()
+        self._epoch_began = time.perf_counter()
 
     def on_train_start(self, state: LoopState) -> None:
-        """Say where training starts, and open the first bar."""
-        if state.step:
-            say("training", f"resumed at step {state.step} of {state.total_steps} (epoch {state.epoch + 1})")
-        else:
-            say("training", f"{state.total_steps} steps at most, {state.steps_per_epoch} an epoch")
-        self._open_bar(state, state.step // state.steps_per_epoch, state.step % state.steps_per_epoch)
+        """Say where training starts."""
+        epochs = min(self._max_epochs, -(-state.total_steps // state.steps_per_epoch))
+        budget = f"{state.total_steps} steps, {state.steps_per_epoch} an epoch, {_count(epochs, 'epoch')} at most"
+        say("training", f"resumed after step {state.step} of {budget}" if state.step else budget)
+        self._epoch_began = time.perf_counter()
 
-    def on_log(self, state: LoopState, line: dict[str, Any]) -> None:
-        """Move the bar, or print one line."""
-        self._last = line
+    def on_step_end(self, state: LoopState) -> None:
+        """Move the bar; no tensor is read."""
         if self._bars:
             if self._bar is None:
-                self._open_bar(state, self._epoch_of(state) - 1, 0)
-            assert self._bar is not None
-            self._bar.set_postfix_str(f"loss {line['loss']:.4f}, lr {line['lr']:.2e}", refresh=False)
-            self._bar.update(self._done_in_epoch(state) - self._bar.n)
-        else:
+                self._bar = self._open_bar(state)
+            self._bar.update()
+
+    def on_log(self, state: LoopState, line: dict[str, Any]) -> None:
+        """Loss and learning rate to the bar, or one line."""
+        self._last = line
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {line['loss']:.4f}, lr {line['lr']:.2e}")
+        elif not self._bars:
+            width = len(str(state.total_steps))
             say(
                 "training",
-                f"step {line['step']} epoch {self._epoch_of(state)} loss {line['loss']:.4f} lr {line['lr']:.2e} "
-                f"grad_norm {line['grad_norm']:.3f} {line['tokens_per_second']:.0f} tokens/s",
+                f"epoch {_epoch(state)}/{self._max_epochs}  step {line['step']:>{width}}/{state.total_steps}  "
+                f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  grad norm {line['grad_norm']:.3f}  "
+                f"{line['tokens_per_second']:,.0f} tokens/s",
             )
 
     def on_evaluate(self, state: LoopState, evaluation: dict[str, Any]) -> None:
@@ -73,16 +91,18 @@ class Progress(Callback):
 
     def on_epoch_end(self, state: LoopState) -> None:
         """Close the bar and print the epoch's summary."""
-        self._close_bar(state)
-        metrics = self._evaluation.get("metrics", {})
-        figures = [f"{k} {metrics[k]:.4f}" for k in _SUMMARY_FIGURES if metrics.get(k) is not None]
-        if "passed" in self._evaluation:
-            reason = self._evaluation.get("failure_reason")
-            figures.append("gate passed" if self._evaluation["passed"] else f"gate not passed ({reason})")
-        loss = f"loss {self._last.get('loss', state.loss):.4f}"
-        elapsed = time.perf_counter() - self._started
-        epoch = f"{self._epoch_of(state)}/{self._max_epochs}"
-        say("epoch", ", ".join([f"{epoch}: step {state.step}", loss, *figures, f"{elapsed:.1f} s"]))
+        self.close()
+        loss = self._last.get("loss", state.loss)
+        now = time.perf_counter()
+        parts = [
+            f"{_epoch(state)}/{self._max_epochs}",
+            f"step {state.step:>{len(str(state.total_steps))}}",
+            f"loss {loss:.4f}",
+            *_verdict(self._evaluation),
+            f"{now - self._epoch_began:.1f} s",
+        ]
+        say("epoch", "  ".join(parts))
+        self._last, self._evaluation, self._epoch_began = {}, {}, now
 
     def on_train_end(self, state: LoopState) -> None:
         """Close what is open."""
@@ -94,28 +114,39 @@ class Progress(Callback):
             self._bar.close()
             self._bar = None
 
-    def _epoch_of(self, state: LoopState) -> int:
-        """The 1-based epoch of the last step."""
-        return -(-state.step // state.steps_per_epoch)
-
-    def _done_in_epoch(self, state: LoopState) -> int:
-        return state.step - (self._epoch_of(state) - 1) * state.steps_per_epoch
-
-    def _open_bar(self, state: LoopState, epoch: int, done: int) -> None:
-        if not self._bars:
-            return
-        self._bar = tqdm(
-            desc=f"epoch {epoch + 1}/{self._max_epochs}",
-            total=min(state.steps_per_epoch, state.total_steps - epoch * state.steps_per_epoch),
-            initial=done,
+    def _open_bar(self, state: LoopState) -> tqdm[Any]:
+        """The bar of the epoch that the last step belongs to, as it stood before that step."""
+        epoch = _epoch(state)
+        before = (epoch - 1) * state.steps_per_epoch
+        return tqdm(
+            desc=f"epoch {epoch}/{self._max_epochs}",
+            total=min(state.steps_per_epoch, state.total_steps - before),
+            initial=state.step - 1 - before,
             unit="step",
             leave=False,
             file=sys.stderr,
             dynamic_ncols=True,
         )
 
-    def _close_bar(self, state: LoopState) -> None:
-        if self._bar is not None:
-            self._bar.update(self._done_in_epoch(state) - self._bar.n)
-            self._bar.close()
-            self._bar = None
+
+def _epoch(state: LoopState) -> int:
+    """The 1-based epoch of the last step."""
+    return -(-state.step // state.steps_per_epoch)
+
+
+def _verdict(evaluation: dict[str, Any]) -> list[str]:
+    """Figures and outcome of an evaluation; the reason only where the figures do not show it."""
+    metrics = evaluation.get("metrics", {})
+    parts = [f"{shown} {metrics[name]:.4f}" for name, shown in _SUMMARY_FIGURES.items() if metrics.get(name) is not None]
+    if evaluation.get("passed"):
+        parts.append("gate passed")
+    elif "passed" in evaluation:
+        reasons = str(evaluation.get("failure_reason")).split("; ")
+        unmet = [c["metric"] for c in evaluation.get("criteria", []) if not c["passed"]]
+        hidden = [reason for reason in reasons if not any(reason.startswith(metric) for metric in unmet)]
+        parts.append(f"gate not passed ({'; '.join(hidden)})" if hidden else "gate not passed")
+    return parts
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

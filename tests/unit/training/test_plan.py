@@ -1,0 +1,55 @@
+"""The arithmetic of a run."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from accel_train.config import ConfigError, TrainingConfig
+from accel_train.training.plan import Plan
+
+
+def plan(samples=100, world=1, rank=0, **config) -> Plan:
+    return Plan(TrainingConfig(**{"batch_size": 8, "max_epochs": 3, **config}), samples, world, rank, seed=1)
+
+
+def test_an_epoch_is_whole_batches_and_the_earlier_budget_ends_the_run():
+    assert plan().steps_per_epoch == 12
+    assert plan().total_steps == 36
+    assert plan(max_steps=20).total_steps == 20
+    assert plan(max_steps=99).total_steps == 36
+
+
+@given(world=st.sampled_from([1, 2, 4]), accumulation=st.sampled_from([1, 2]))
+def test_the_slices_of_the_ranks_make_up_the_micro_batch(world, accumulation):
+    config = {"gradient_accumulation_steps": accumulation}
+    slices = [plan(world=world, rank=rank, **config).own_positions() for rank in range(world)]
+    assert np.concatenate(slices).tolist() == list(range(8 // accumulation))
+
+
+def test_the_sampler_ends_with_the_last_whole_step_under_accumulation():
+    """100 samples, batches of 64 in micro-batches of 32: a third micro-batch must not leak into the next epoch."""
+    few = plan(batch_size=64, gradient_accumulation_steps=2)
+    assert few.steps_per_epoch == 1
+    assert len(list(few.sampler())) == 2
+
+
+def test_positions_count_through_the_whole_run():
+    assert plan().first_position(0, 3) == 24
+    assert plan().first_position(2, 1) == 2 * 12 * 8 + 8
+
+
+def test_the_learning_rate_warms_up_and_decays_to_the_ratio():
+    p = plan(learning_rate=0.5, warmup_steps=4, min_lr_ratio=0.2)
+    rates = [p.learning_rate(step) for step in range(36)]
+    assert rates[:4] == pytest.approx([0.125, 0.25, 0.375, 0.5])
+    assert rates[-1] == pytest.approx(0.1, rel=0.05)
+    assert all(a >= b for a, b in zip(rates[3:], rates[4:], strict=False))
+
+
+@pytest.mark.parametrize("world", [3, 5])
+def test_a_batch_that_cannot_be_split_is_refused_with_the_multiple(world):
+    with pytest.raises(ConfigError, match=rf"training\.batch_size: 8 .*choose a multiple of {world}"):
+        plan(world=world)
