@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import textwrap
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,6 +45,7 @@ log = logging.getLogger(__name__)
 EXIT_COMPLETED, EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 0, 1, 2, 75
 WEIGHTS = "model.safetensors"
 SHARED_CORPORA = "corpora"
+_LAST_WORDS_SECONDS = 10.0
 
 
 def run(config: ExperimentConfig, *, fresh: bool = False, command: Sequence[str] = ()) -> int:
@@ -56,7 +59,18 @@ def run(config: ExperimentConfig, *, fresh: bool = False, command: Sequence[str]
     Raises:
         ConfigError: the configuration cannot be run; nothing has been written.
     """
-    check_output_dir(config)
+    code = EXIT_USAGE
+    try:
+        check_output_dir(config)
+        code = _launch(config, fresh, command)
+    finally:
+        # A launcher ends all ranks once the first one leaves: rank 0 must have said what is wrong by then.
+        if code == EXIT_USAGE and os.environ.get("RANK", "0") != "0":
+            time.sleep(_LAST_WORDS_SECONDS)
+    return code
+
+
+def _launch(config: ExperimentConfig, fresh: bool, command: Sequence[str]) -> int:
     init, init_digest = resolve_init(config.training.init_from)
     directory = RunDirectory(config, init_digest)
     stop = StopSignal()
@@ -95,7 +109,7 @@ class _Experiment:
         self.task: Task = WalksTask(config)
         self.say = say if coordinator.is_main else be_silent
         self.keeper = RecordKeeper(directory, command)
-        self.progress = Progress(config.training.max_epochs)
+        self.progress = Progress()
 
     def run(self, fresh: bool) -> int:
         """Run all phases; returns the exit code."""
@@ -194,7 +208,7 @@ class _Experiment:
         count = sum(p.numel() for p in model.parameters())
         world = self.coordinator.world_size
         processes = "1 process" if world == 1 else f"{world} processes"
-        self.say("model", f"{count:,} parameters on {self.accelerator.device}, {processes}")
+        self.say("model", f"{count:,} parameters on {machine(self.accelerator)['device']}, {processes}")
         return Trainer(
             model,
             dataset,
@@ -263,7 +277,7 @@ def build_model(config: ExperimentConfig, task: Task, init: Path | None) -> Tran
         try:
             load_weights(model, init / WEIGHTS)
         except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())
+            reason = textwrap.shorten(str(error), 300, placeholder=" ...")  # torch names every parameter
             raise ConfigError(
                 "training.init_from", str(init), f"does not fit this model; make the model sections agree ({reason})"
             ) from error
@@ -286,7 +300,9 @@ def resolve_init(source: str | None) -> tuple[Path | None, str | None]:
     checkpoint = found[-1][1] if found else path
     problems = verify(checkpoint)
     if problems:
-        raise ConfigError("training.init_from", source, f"holds no sound checkpoint ({'; '.join(problems)}); name another")
+        raise ConfigError(
+            "training.init_from", source, f"holds no sound checkpoint ({'; '.join(problems)}); name another"
+        )
     return checkpoint, str(read_manifest(checkpoint)["files"][WEIGHTS]["sha256"])
 
 

@@ -121,20 +121,17 @@ class RecordKeeper(Callback):
         self._write()
 
     def summary(self) -> str:
-        """One line for people: the verdict, its figures, where the record lies."""
+        """One line for people: the verdict, the figures it rests on, and what they cost."""
         scalars, gate = self.record["metrics"]["scalars"], self.record["gate"]
-        if gate["epoch"] is None:
+        if gate["passed"] is None:
             verdict = "no gate was judged"
         elif gate["passed"]:
-            verdict = f"gate passed after epoch {gate['epoch']}"
+            figures = [f"{row['metric']} {row['value']:.4f}" for row in gate["criteria"]]
+            verdict = f"gate passed after epoch {gate['epoch']}: {', '.join(figures)}"
         else:
-            verdict = f"gate not passed: {gate['failure_reason']}"
-        figures = [
-            f"{name.removeprefix('final_')} {value:.4f}"
-            for name, value in scalars.items()
-            if name.startswith("final_") and isinstance(value, float)
-        ]
-        return ", ".join([verdict, *figures])
+            verdict = f"gate not passed after epoch {gate['epoch']}: {gate['failure_reason']}"
+        seconds = self.record["timing"]["seconds"].get("total", 0.0)
+        return f"{verdict} ({scalars.get('steps_trained', 0)} steps, {seconds:.1f} s)"
 
     def _update(self) -> None:
         if self._trainer is not None:
@@ -167,7 +164,9 @@ class RecordKeeper(Callback):
 
     def _scalars(self, trainer: Trainer, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
         state = trainer.state
-        metrics = evaluations[-1].get("metrics", {}) if evaluations else {}
+        # These two stand in every record, judged or not.
+        metrics = {"edge_compliance": None, "rule_compliance": None}
+        metrics |= evaluations[-1].get("metrics", {}) if evaluations else {}
         return {
             "final_train_loss": state.train_loss[-1] if state.train_loss else None,
             **{f"final_{name}": value for name, value in metrics.items()},

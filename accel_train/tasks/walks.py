@@ -49,6 +49,7 @@ class WalksTask:
         self._context = config.model.max_seq_len
         self._directory = Path()
         self._graph: Graph | None = None
+        self._graph_seconds = 0.0
         self._rules: tuple[Rule, ...] = ()
         self._held_out: np.ndarray[Any, Any] = np.empty((0, 0), np.uint16)
         self._walks: np.ndarray[Any, Any] = np.empty((0, 0), np.uint16)
@@ -63,8 +64,10 @@ class WalksTask:
     def graph(self) -> Graph:
         """The graph; drawn at first use (a pure function of the configuration)."""
         if self._graph is None:
+            started = time.perf_counter()
             self._graph = generate_graph(self.config.graph, self._stream_seed(_GRAPH))
             self._rules = designate_rules(self._graph, self.config.rules, self._context, self._stream_seed(_RULES))
+            self._graph_seconds = time.perf_counter() - started
         return self._graph
 
     @property
@@ -146,7 +149,8 @@ class WalksTask:
         graph, config = self.graph, self.config
         say(
             "graph",
-            f"{graph.n} vertices in {graph.num_blocks} blocks, {graph.adjacency.nnz} edges, {len(self.rules)} rules",
+            f"{graph.n} vertices in {graph.num_blocks} blocks, {graph.adjacency.nnz:,} edges, {len(self.rules)} rules "
+            f"({self._graph_seconds:.1f} s)",
         )
         built = False
 
@@ -166,8 +170,8 @@ class WalksTask:
         verb = "built" if built else "found and verified"
         say(
             "corpus",
-            f"{config.walks.num_walks} walks of {config.walks.walk_length} {verb} in "
-            f"{time.perf_counter() - started:.1f} s ({directory})",
+            f"{config.walks.num_walks:,} walks of {config.walks.walk_length} {verb} as "
+            f"{directory.parent.name}/{directory.name} ({time.perf_counter() - started:.1f} s)",
         )
         return str(directory)
 
@@ -212,7 +216,7 @@ class WalksTask:
         Raises:
             CorpusError: a walk breaks a rule or takes an edge that the graph does not have.
         """
-        gate = self.config.gate
+        started, gate = time.perf_counter(), self.config.gate
         corpus = score(self._walks, self.graph, self.rules)
         ceiling = self._score(self._held_out)
         for name, figures in (("train", corpus), ("held-out", ceiling)):
@@ -240,14 +244,13 @@ class WalksTask:
             )
         say(
             "preflight",
-            f"corpus obeys {_percent(corpus.edge_compliance)} of {corpus.edge_checks} edges and "
-            f"{_percent(corpus.rule_compliance)} of {corpus.rule_checks} rule visits",
+            f"the corpus obeys all of its {corpus.edge_checks:,} edges and {corpus.rule_checks:,} rule visits "
+            f"({time.perf_counter() - started:.1f} s)",
         )
         say(
             "preflight",
-            f"{len(self.scored_rules)} of {len(self.rules)} rules are scored; held-out walks reach edge "
-            f"{_percent(ceiling.edge_compliance)}, rule {_percent(ceiling.rule_compliance)} on "
-            f"{ceiling.rule_checks} rule checks; a rule-blind walk {_percent(blind.rule_compliance)}",
+            f"{len(self.scored_rules)} of {len(self.rules)} rules are scored; of about {ceiling.rule_checks:,} rule "
+            f"checks a walk that knows no rule passes {_percent(blind.rule_compliance)}",
         )
         asked = " and ".join(f"{c.metric} {c.op} {c.threshold:g}" for c in self.criteria)
         say("preflight", f"the gate asks {asked}: it can be reached")
@@ -301,7 +304,14 @@ class WalksTask:
         )
 
     def generate(self, model: nn.Module, num: int, temperature: float) -> list[list[int]]:
-        """``num`` continuations of held-out prompts, each of context length + 1 vertices."""
+        """``num`` continuations of held-out prompts, each of context length + 1 vertices.
+
+        Raises:
+            ConfigError: there are fewer prompts.
+        """
+        if num > len(self._held_out):
+            rule = f"is more than the {len(self._held_out)} held-out prompts of this run (gate.num_sequences)"
+            raise ConfigError("--num", num, rule)
         tokens = self._continue(model, temperature, lambda: False, num)
         return [[int(vertex) for vertex in row] for row in tokens]
 

@@ -45,12 +45,10 @@ class Progress(Callback):
     """Bars, log lines and epoch summaries.
 
     Args:
-        max_epochs: for the headings.
         bars: draw bars; default: when stderr is a terminal.
     """
 
-    def __init__(self, max_epochs: int, *, bars: bool | None = None) -> None:
-        self._max_epochs = max_epochs
+    def __init__(self, *, bars: bool | None = None) -> None:
         self._bars = sys.stderr.isatty() if bars is None else bars
         self._bar: tqdm[Any] | None = None
         self._last: dict[str, Any] = {}
@@ -59,9 +57,8 @@ class Progress(Callback):
 
     def on_train_start(self, state: LoopState) -> None:
         """Say where training starts."""
-        epochs = min(self._max_epochs, -(-state.total_steps // state.steps_per_epoch))
-        budget = f"{state.total_steps} steps, {state.steps_per_epoch} an epoch, {_count(epochs, 'epoch')} at most"
-        say("training", f"resumed after step {state.step} of {budget}" if state.step else budget)
+        budget = f"{state.total_steps} steps at most, {state.steps_per_epoch} an epoch"
+        say("training", f"resumed after step {state.step}; {budget}" if state.step else budget)
         self._epoch_began = time.perf_counter()
 
     def on_step_end(self, state: LoopState) -> None:
@@ -70,19 +67,19 @@ class Progress(Callback):
             if self._bar is None:
                 self._bar = self._open_bar(state)
             self._bar.update()
+            if self._bar.n == self._bar.total:  # it stays on the screen during the evaluation
+                self._bar.refresh()
 
     def on_log(self, state: LoopState, line: dict[str, Any]) -> None:
         """Loss and learning rate to the bar, or one line."""
         self._last = line
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {line['loss']:.4f}, lr {line['lr']:.2e}")
+            self._bar.set_postfix_str(f"loss {line['loss']:.4f}, lr {line['lr']:.2e}", refresh=False)
         elif not self._bars:
-            width = len(str(state.total_steps))
             say(
                 "training",
-                f"epoch {_epoch(state)}/{self._max_epochs}  step {line['step']:>{width}}/{state.total_steps}  "
-                f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  grad norm {line['grad_norm']:.3f}  "
-                f"{line['tokens_per_second']:,.0f} tokens/s",
+                f"epoch {_place(state)}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  "
+                f"grad norm {line['grad_norm']:.3f}  {line['tokens_per_second']:,.0f} tokens/s",
             )
 
     def on_evaluate(self, state: LoopState, evaluation: dict[str, Any]) -> None:
@@ -94,13 +91,7 @@ class Progress(Callback):
         self.close()
         loss = self._last.get("loss", state.loss)
         now = time.perf_counter()
-        parts = [
-            f"{_epoch(state)}/{self._max_epochs}",
-            f"step {state.step:>{len(str(state.total_steps))}}",
-            f"loss {loss:.4f}",
-            *_verdict(self._evaluation),
-            f"{now - self._epoch_began:.1f} s",
-        ]
+        parts = [_place(state), f"loss {loss:.4f}", *_verdict(self._evaluation), f"{now - self._epoch_began:.1f} s"]
         say("epoch", "  ".join(parts))
         self._last, self._evaluation, self._epoch_began = {}, {}, now
 
@@ -116,10 +107,9 @@ class Progress(Callback):
 
     def _open_bar(self, state: LoopState) -> tqdm[Any]:
         """The bar of the epoch that the last step belongs to, as it stood before that step."""
-        epoch = _epoch(state)
-        before = (epoch - 1) * state.steps_per_epoch
+        before = (state.step - 1) // state.steps_per_epoch * state.steps_per_epoch
         return tqdm(
-            desc=f"epoch {epoch}/{self._max_epochs}",
+            desc=f"epoch {_epoch(state)}",
             total=min(state.steps_per_epoch, state.total_steps - before),
             initial=state.step - 1 - before,
             unit="step",
@@ -129,24 +119,26 @@ class Progress(Callback):
         )
 
 
-def _epoch(state: LoopState) -> int:
-    """The 1-based epoch of the last step."""
-    return -(-state.step // state.steps_per_epoch)
+def _epoch(state: LoopState) -> str:
+    """The epoch of the last step, such as ``2/50``."""
+    last = -(-state.total_steps // state.steps_per_epoch)
+    return f"{-(-state.step // state.steps_per_epoch):>{len(str(last))}}/{last}"
+
+
+def _place(state: LoopState) -> str:
+    """Epoch and step, as wide in every line of a run."""
+    return f"{_epoch(state)}  step {state.step:>{len(str(state.total_steps))}}/{state.total_steps}"
 
 
 def _verdict(evaluation: dict[str, Any]) -> list[str]:
     """Figures and outcome of an evaluation; the reason only where the figures do not show it."""
     metrics = evaluation.get("metrics", {})
-    parts = [f"{shown} {metrics[name]:.4f}" for name, shown in _SUMMARY_FIGURES.items() if metrics.get(name) is not None]
+    parts = [
+        f"{shown} {metrics[name]:.4f}" for name, shown in _SUMMARY_FIGURES.items() if metrics.get(name) is not None
+    ]
     if evaluation.get("passed"):
         parts.append("gate passed")
     elif "passed" in evaluation:
-        reasons = str(evaluation.get("failure_reason")).split("; ")
-        unmet = [c["metric"] for c in evaluation.get("criteria", []) if not c["passed"]]
-        hidden = [reason for reason in reasons if not any(reason.startswith(metric) for metric in unmet)]
-        parts.append(f"gate not passed ({'; '.join(hidden)})" if hidden else "gate not passed")
+        unexplained = all(criterion["passed"] for criterion in evaluation.get("criteria", []))
+        parts.append(f"gate not passed: {evaluation['failure_reason']}" if unexplained else "gate not passed")
     return parts
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import select
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +52,14 @@ def write_config(path: Path, *layers: dict[str, Any]) -> Path:
     return path
 
 
-def environment(**extra: str) -> dict[str, str]:
-    """The environment of a launch: CPU, one thread per process, this test directory importable."""
+def environment(**extra: str | None) -> dict[str, str]:
+    """The environment of a launch: CPU, one thread per process, this test directory importable; None removes."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "TORCHELASTIC", "PET_"))}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(name, None)
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [env.get("PYTHONPATH")])])
-    return {**env, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **extra}
+    ours = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **extra}
+    return env | {name: value for name, value in ours.items() if value is not None}
 
 
 def command(config: Path, world: int, *arguments: str) -> list[str]:
@@ -65,7 +72,7 @@ def command(config: Path, world: int, *arguments: str) -> list[str]:
     return [*ACCELERATE, "--multi_gpu", "--num_processes", str(world), "--main_process_port", "0", *script]
 
 
-def launch(config: Path, world: int, *arguments: str, **env: str) -> subprocess.Popen[str]:
+def launch(config: Path, world: int, *arguments: str, **env: str | None) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command(config, world, *arguments),
         env=environment(**env),
@@ -76,7 +83,9 @@ def launch(config: Path, world: int, *arguments: str, **env: str) -> subprocess.
     )
 
 
-def run(config: Path, world: int, *arguments: str, expect: int | None = 0, timeout: float = 150, **env: str) -> str:
+def run(
+    config: Path, world: int, *arguments: str, expect: int | None = 0, timeout: float = 150, **env: str | None
+) -> str:
     """Launch and wait; returns the output."""
     process = launch(config, world, *arguments, **env)
     try:
@@ -145,3 +154,41 @@ def outcome(results: Path) -> dict[str, Any]:
         "fingerprint": found["provenance"]["data_fingerprint"],
         "log": [{k: line[k] for k in timeless if k in line} for line in metrics(results)],
     }
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a command left on the screen, and its exit code."""
+
+    code: int
+    out: str
+    err: str = ""
+
+    def lines(self, phase: str) -> list[str]:
+        """The lines of progress of one phase, without its name."""
+        found = [line.split(maxsplit=1) for line in self.out.splitlines()]
+        return [words[1] for words in found if len(words) == 2 and words[0] == phase]
+
+
+def in_terminal(command: Sequence[str], *, columns: int = 120, timeout: float = 150) -> Shown:
+    """Run a command in a pseudo-terminal; ``out`` is all that came to its screen, stdout and stderr alike."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    process = subprocess.Popen(command, env=environment(), stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    screen, deadline = bytearray(), time.monotonic() + timeout
+    try:
+        while True:
+            assert select.select([ours], [], [], max(0.0, deadline - time.monotonic()))[0], "timed out"
+            try:
+                chunk = os.read(ours, 65536)
+            except OSError:  # how Linux says that the last process has closed the terminal
+                break
+            if not chunk:
+                break
+            screen += chunk
+        return Shown(process.wait(timeout), screen.decode().replace("\r\n", "\n"))
+    finally:
+        os.close(ours)
+        if process.poll() is None:
+            kill_tree(process.pid)

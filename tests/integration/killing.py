@@ -1,4 +1,4 @@
-"""An update hook that kills its process with SIGKILL when the step named in the environment comes."""
+"""Update hooks that end their process when the step named in the environment comes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,23 @@ from pathlib import Path
 
 
 def at_step(_model):
-    """Identity on the gradients; ``KILL_AT_STEP`` names the 0-based step, ``KILL_MARK`` the file that proves it."""
+    """SIGKILL at the 0-based step ``KILL_AT_STEP``; ``KILL_MARK`` names the file that proves it."""
     fatal = int(os.environ.get("KILL_AT_STEP", "-1"))
 
     def hook(step, _gradients):
         if step == fatal:
             Path(os.environ["KILL_MARK"]).touch()
             os.kill(os.getpid(), signal.SIGKILL)
+
+    return hook
+
+
+def politely(_model):
+    """SIGTERM at the 0-based step ``STOP_AT_STEP``."""
+    last = int(os.environ.get("STOP_AT_STEP", "-1"))
+
+    def hook(step, _gradients):
+        if step == last:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     return hook

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -46,7 +48,7 @@ def test_the_learning_rate_warms_up_and_decays_to_the_ratio():
     rates = [p.learning_rate(step) for step in range(36)]
     assert rates[:4] == pytest.approx([0.125, 0.25, 0.375, 0.5])
     assert rates[-1] == pytest.approx(0.1, rel=0.05)
-    assert all(a >= b for a, b in zip(rates[3:], rates[4:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[3:]))
 
 
 @pytest.mark.parametrize("world", [3, 5])
