@@ -272,7 +272,8 @@ class WalksTask:
             Interrupted: ``should_stop()`` turned true.
         """
         gate = self.config.gate
-        greedy = self._score(self._continue(model, 0.0, should_stop))
+        continued = self._continue(model, 0.0, should_stop)
+        greedy = self._score(continued)
         sampled = self._score(self._continue(model, 1.0, should_stop))
         blind = self._blind_compliance()
         metrics: dict[str, float | None] = {
@@ -291,6 +292,7 @@ class WalksTask:
             metrics,
             evidence={
                 **_figures(greedy),
+                "distinct_transitions": self._distinct_transitions(continued),
                 "rules": [
                     {**asdict(rule), "checks": int(checks), "passed": int(passed)}
                     for rule, checks, passed in zip(
@@ -333,6 +335,11 @@ class WalksTask:
 
     def _score(self, walks: np.ndarray[Any, Any]) -> Compliance:
         return score(walks, self.graph, self.scored_rules, start=self.config.gate.prompt_length)
+
+    def _distinct_transitions(self, walks: np.ndarray[Any, Any]) -> int:
+        """Different steps among the scored ones: few of them betray a model that runs in a circle."""
+        scored = walks[:, self.config.gate.prompt_length - 1 :].astype(np.int64)
+        return int(np.unique(scored[:, :-1] * self.vocab_size + scored[:, 1:]).size)
 
     def _blind_compliance(self) -> Compliance:
         """A uniform random walk from the same prompts: what compliance comes by accident."""

@@ -154,6 +154,15 @@ def test_the_script_says_it_in_one_line_too(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [config]
 
 
+@pytest.fixture
+def slow_rank_0(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A PYTHONPATH that holds rank 0 back: when the others leave first, the launcher ends it."""
+    directory = tmp_path_factory.mktemp("slow")
+    delay = "import os, time\nif os.environ.get('RANK') == '0':\n    time.sleep(1)\n"
+    (directory / "sitecustomize.py").write_text(delay)
+    return str(directory)
+
+
 @pytest.mark.parametrize(
     ("change", "env", "line"),
     [
@@ -177,9 +186,11 @@ def test_the_script_says_it_in_one_line_too(tmp_path: Path) -> None:
     ],
     ids=["batch of unequal parts", "graph", "processes that did not find each other"],
 )
-def test_two_processes_say_it_once(tmp_path: Path, change, env: dict[str, str | None], line: str) -> None:
+def test_two_processes_say_it_once(
+    tmp_path: Path, slow_rank_0: str, change, env: dict[str, str | None], line: str
+) -> None:
     config = write_config(tmp_path / "c.yaml", TINY, change, {"output_dir": str(tmp_path / "results")})
-    output = run(config, 2, expect=1, **env)  # 1 is the launcher's own code
+    output = run(config, 2, expect=1, PYTHONPATH=slow_rank_0, **env)  # 1 is the launcher's own code
     assert output.count(f"accel-train: error: {line}") == 1
     assert output.count(line) == 1
     assert output.count("exitcode  : 2 ") >= 1

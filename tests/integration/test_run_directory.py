@@ -21,8 +21,10 @@ from accel_train.data.windows import WalkDataset
 from accel_train.experiment import load_model
 from accel_train.record import load_schema, load_sufficient_runs
 from accel_train.training.checkpoint import read_manifest, verify
+from accel_train.training.coordination import PeerFailed
 from accel_train.training.losses import next_token_cross_entropy
 from accel_train.training.plan import Plan
+from accel_train.training.trainer import Trainer
 
 QUICK: dict[str, Any] = {"training": {"max_epochs": 2}, "checkpoint": {"every_steps": None}}
 LENIENT: dict[str, Any] = {"gate": {"edge_threshold": 0.0, "rule_threshold": 0.0, "min_rule_checks": 0}}
@@ -175,6 +177,36 @@ def test_a_run_that_diverges_is_recorded_and_its_last_checkpoint_is_sound(train,
     assert tree(checkpoints(results)[-1]) == before
 
 
+def test_a_failure_of_another_rank_is_recorded(train, results: Path, monkeypatch) -> None:
+    def fit(_trainer: Trainer) -> None:
+        raise PeerFailed(1, "checkpoint files", "No space left on device", "OSError")
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    shown = train()
+    message = "rank 1 failed (waiting for 'checkpoint files'): OSError: No space left on device"
+    assert (shown.code, shown.err) == (1, f"accel-train: error: {message}\n")
+    assert (record(results)["status"], record(results)["reason"]) == ("failed", message)
+    validate(record(results))
+
+
+def test_a_record_that_cannot_be_written_does_not_hide_why_the_run_failed(train, results: Path, monkeypatch) -> None:
+    def fit(_trainer: Trainer) -> None:
+        monkeypatch.setattr("accel_train.run_record.write_record", fail)
+        fail()
+
+    def fail(*_arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    shown = train()
+    assert shown.code == 1
+    assert [line.partition(": [Errno")[0] for line in shown.err.splitlines()] == [
+        "accel-train: error",
+        "accel-train: error: the record could not be brought up to date",
+    ]
+    assert record(results)["status"] == "running"
+
+
 # -- the same command again ----------------------------------------------------------------
 
 
@@ -245,6 +277,10 @@ def test_runs_are_listed_judged_and_replayed(train, results: Path, here) -> None
     assert second.code == 0
     assert "found and verified" in second.lines("corpus")[0]
     assert len([path for path in (results / "corpora").iterdir() if path.is_dir()]) == 1
+
+    for name in ("missed", "passed"):
+        log = (results / name / "logs" / "rank_0.log").read_text()
+        assert log.count("launch 1, rank 0, pid ") == 1, "a run logs into its own directory only"
 
     missed, passed = (json.loads((results / name / "result.json").read_text()) for name in ("missed", "passed"))
     assert (missed["status"], missed["gate"]["passed"]) == ("completed", False)

@@ -169,6 +169,7 @@ def test_a_model_that_knows_the_rules_passes(tmp_path):
     assert evidence["rule_checks"] >= 100
     assert evidence["rule_interval"][0] < 1.0 <= evidence["rule_interval"][1] + 1e-9
     assert evidence["distinct_sequences"] == 200
+    assert 100 < evidence["distinct_transitions"] <= task.graph.adjacency.nnz
     json.dumps(verdict.to_dict())
 
 
@@ -198,6 +199,24 @@ def test_the_record_exposes_a_rule_blind_bigram_model(tmp_path):
     assert "sampled_rule_compliance" in failed
     assert verdict.evidence["rule_blind"]["rule_compliance"] == blind
     assert verdict.evidence["sampled"]["rule_checks"] > 100
+
+
+class TwoCycle(nn.Module):
+    """Walks to and fro between two vertices, whatever it is shown."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n, self.unused = n, nn.Parameter(torch.zeros(1))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return nn.functional.one_hot((tokens + 1) % 2, self.n).float()
+
+
+def test_a_model_that_runs_in_a_circle_shows_in_the_evidence(tmp_path):
+    task, _ = opened(tmp_path)
+    evidence = task.evaluate(TwoCycle(task.graph.n), never).evidence
+    assert evidence["distinct_sequences"] > 100, "the prompts differ, so the sequences do"
+    assert evidence["distinct_transitions"] < 100
 
 
 def test_the_evaluation_can_be_interrupted_and_leaves_the_global_rng(tmp_path):
