@@ -16,6 +16,7 @@ import json
 import os
 import re
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ from accel_train.record import (
 )
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
+LAST_WORDS_SECONDS = 10.0
 
 # Process-wide, and the only switch there is: help texts come from the docstrings under the fields.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -80,6 +82,9 @@ def _complain(message: str, code: int) -> int:
     # Every process of a launch finds the same mistake; the line must stand there once.
     if os.environ.get("RANK", "0") == "0":
         sys.stderr.write(f"accel-train: error: {' '.join(message.split())}\n")
+    else:
+        # The launcher ends all ranks once the first one leaves: rank 0 must have spoken by then.
+        time.sleep(LAST_WORDS_SECONDS)
     return code
 
 
@@ -116,6 +121,7 @@ def _train_parser() -> ArgumentParser:
         usage="accel-train train [--config FILE] [--SECTION.FIELD VALUE ...] [--fresh] [--print_config]",
         description="Train, or resume: the same command run again continues. Options win over the file.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
     parser.add_argument(

@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 import textwrap
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,10 +21,11 @@ from accelerate import Accelerator
 from safetensors.torch import load_model as load_weights
 from torch import distributed as dist
 
-from accel_train.config import ConfigError, ExperimentConfig, check_output_dir, to_dict
+from accel_train.config import ConfigError, ExperimentConfig, check_output_dir, run_directory, to_dict
 from accel_train.interrupt import Interrupted
 from accel_train.lock import RunLocked
 from accel_train.model.transformer import TransformerLM
+from accel_train.record import RECORD_FILE, RecordError, read_record
 from accel_train.run_record import RecordKeeper
 from accel_train.rundir import CONFIG_FILE, RunDirectory, RunLog, dump_config, read_config
 from accel_train.tasks.base import Task
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 EXIT_COMPLETED, EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 0, 1, 2, 75
 WEIGHTS = "model.safetensors"
 SHARED_CORPORA = "corpora"
-_LAST_WORDS_SECONDS = 10.0
+_CODE_OF_PEER = {"ConfigError": EXIT_USAGE, "RecordError": EXIT_USAGE, "RunLocked": EXIT_PREEMPTED}
 
 
 def run(config: ExperimentConfig, *, fresh: bool = False, command: Sequence[str] = ()) -> int:
@@ -59,33 +59,17 @@ def run(config: ExperimentConfig, *, fresh: bool = False, command: Sequence[str]
     Raises:
         ConfigError: the configuration cannot be run; nothing has been written.
     """
-    code = EXIT_USAGE
-    try:
-        check_output_dir(config)
-        code = _launch(config, fresh, command)
-    finally:
-        # A launcher ends all ranks once the first one leaves: rank 0 must have said what is wrong by then.
-        if code == EXIT_USAGE and os.environ.get("RANK", "0") != "0":
-            time.sleep(_LAST_WORDS_SECONDS)
-    return code
-
-
-def _launch(config: ExperimentConfig, fresh: bool, command: Sequence[str]) -> int:
-    init, init_digest = resolve_init(config.training.init_from)
-    directory = RunDirectory(config, init_digest)
+    check_output_dir(config)
     stop = StopSignal()
-    with stop.installed():
+    with stop.installed(until_exit=True):
         stop.die_with_launcher()
-        accelerator = build_accelerator(
-            config.training, log_with=config.tracking.log_with, project_dir=directory.path / "tracking"
-        )
+        accelerator = build_accelerator(config.training, log_with=config.tracking.log_with, log_dir=config.output_dir)
         coordinator = Coordinator(stop, config.training.timeout_seconds)
         run_log = RunLog(coordinator.rank)
-        experiment = _Experiment(config, directory, init, accelerator, coordinator, command, run_log)
         try:
+            experiment = _Experiment(config, accelerator, coordinator, command, run_log)
             return experiment.run(fresh)
         finally:
-            directory.close()
             run_log.close()
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -97,19 +81,18 @@ class _Experiment:
     def __init__(
         self,
         config: ExperimentConfig,
-        directory: RunDirectory,
-        init: Path | None,
         accelerator: Accelerator,
         coordinator: Coordinator,
         command: Sequence[str],
         run_log: RunLog,
     ) -> None:
-        self.config, self.directory, self.init, self.run_log = config, directory, init, run_log
+        self.config, self.command, self.run_log = config, command, run_log
         self.accelerator, self.coordinator = accelerator, coordinator
         self.task: Task = WalksTask(config)
         self.say = say if coordinator.is_main else be_silent
-        self.keeper = RecordKeeper(directory, command)
         self.progress = Progress()
+        self.directory = RunDirectory(config)
+        self.keeper = RecordKeeper(self.directory, command)
 
     def run(self, fresh: bool) -> int:
         """Run all phases; returns the exit code."""
@@ -130,11 +113,11 @@ class _Experiment:
             os._exit(EXIT_FAILED)
         except PeerFailed as error:
             log.error("%s", error)
-            code = {"ConfigError": EXIT_USAGE, "RunLocked": EXIT_PREEMPTED}.get(error.kind, EXIT_FAILED)
+            code = _CODE_OF_PEER.get(error.kind, EXIT_FAILED)
             if code == EXIT_FAILED:
                 self._leave("failed", str(error))
             return code
-        except ConfigError as error:
+        except (ConfigError, RecordError) as error:
             self.coordinator.announce_failure(error)
             raise
         except RunLocked as error:
@@ -154,10 +137,12 @@ class _Experiment:
             return EXIT_FAILED
         finally:
             self.progress.close()
+            self.directory.close()
 
     def _run(self, fresh: bool) -> int:
         # Before anything is written: a hook or weights that do not fit are the user's to mend.
-        model = build_model(self.config, self.task, self.init)
+        init = self._resolve_init(fresh)
+        model = build_model(self.config, self.task, init)
         hooks = build_hooks(self.config.hooks, model)
         opened = self.coordinator.main_phase("run directory", lambda should_stop: self._open(fresh, should_stop))
         if opened["status"] == "completed":
@@ -176,6 +161,17 @@ class _Experiment:
             self.say("completed", self.keeper.summary())
             self.say("record", str(self.directory.path / "result.json"))
         return EXIT_COMPLETED
+
+    def _resolve_init(self, fresh: bool) -> Path | None:
+        """One choice of the weights to start from for all ranks; they are part of the run's identity."""
+        if self.config.training.init_from is None:
+            return None
+        name, digest = self.coordinator.main_phase(
+            "weights to start from", lambda _: _as_json(resolve_init(self.config, fresh=fresh))
+        )
+        self.directory = RunDirectory(self.config, digest)
+        self.keeper = RecordKeeper(self.directory, self.command)
+        return Path(name) if name else None
 
     def _open(self, fresh: bool, should_stop: Callable[[], bool]) -> dict[str, Any]:
         """On the main process: the checks that may refuse, then the lock, then the first file."""
@@ -200,6 +196,7 @@ class _Experiment:
         config = self.config
         callbacks: list[Callback] = []
         if config.tracking.log_with:
+            self.accelerator.project_configuration.logging_dir = str(self.directory.path / "tracking")
             self.accelerator.init_trackers(config.tracking.project, dict(_flat(to_dict(config))))
             callbacks.append(_Trackers(self.accelerator))
         if self.coordinator.is_main:
@@ -284,26 +281,40 @@ def build_model(config: ExperimentConfig, task: Task, init: Path | None) -> Tran
     return model
 
 
-def resolve_init(source: str | None) -> tuple[Path | None, str | None]:
-    """The checkpoint that ``training.init_from`` names (a run directory or a checkpoint) and its weights' digest.
+def resolve_init(config: ExperimentConfig, *, fresh: bool = False) -> tuple[Path | None, str]:
+    """The checkpoint that ``training.init_from`` names, and the digest of its weights.
+
+    A named run that has checkpoints of its own keeps the digest that it started from, and needs
+    the source no more: then the path is None.
 
     Raises:
-        ConfigError: there is no sound checkpoint.
+        ConfigError: it is neither a sound checkpoint nor a completed run.
     """
-    if source is None:
-        return None, None
+    source = str(config.training.init_from)
+    own = run_directory(config)
+    if config.name and not fresh and list_checkpoints(own / "checkpoints") and (own / RECORD_FILE).exists():
+        earlier = read_record(own)
+        if earlier["config"]["training"]["init_from"] == source:
+            return None, str(earlier["provenance"]["init_digest"])
     path = Path(source)
-    if not path.is_dir():
-        rule = "is not a directory; name a run directory or one of its checkpoints"
-        raise ConfigError("training.init_from", source, rule)
     found = list_checkpoints(path / "checkpoints")
+    if found and read_record(path)["status"] != "completed":
+        # Its newest checkpoint changes, and the identity of this run would change with it.
+        rule = f"is a run that is not completed; let it end, or name one of its checkpoints, such as {found[-1][1]}"
+        raise ConfigError("training.init_from", source, rule)
+    if not found and not path.is_dir():
+        rule = "is not a directory; name a completed run or a checkpoint"
+        raise ConfigError("training.init_from", source, rule)
     checkpoint = found[-1][1] if found else path
     problems = verify(checkpoint)
     if problems:
-        raise ConfigError(
-            "training.init_from", source, f"holds no sound checkpoint ({'; '.join(problems)}); name another"
-        )
+        rule = f"holds no sound checkpoint ({'; '.join(problems)}); name another"
+        raise ConfigError("training.init_from", source, rule)
     return checkpoint, str(read_manifest(checkpoint)["files"][WEIGHTS]["sha256"])
+
+
+def _as_json(choice: tuple[Path | None, str]) -> list[str | None]:
+    return [str(choice[0]) if choice[0] else None, choice[1]]
 
 
 def load_model(run_dir: Path) -> tuple[TransformerLM, WalksTask, int]:

@@ -21,6 +21,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -98,6 +99,8 @@ class RunLock:
         on_wait: called with a line for people at once and then every few seconds while waiting;
             what it raises ends the wait.
         should_stop: polled while waiting.
+        on_lost: called from the heartbeat's thread, with a line for people, when another process
+            has taken the lock over.
     """
 
     def __init__(
@@ -107,9 +110,11 @@ class RunLock:
         stale_after: float = 30.0,
         on_wait: Callable[[str], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
+        on_lost: Callable[[str], None] | None = None,
     ) -> None:
         self.run_dir = run_dir
         self._timeout, self._on_wait, self._should_stop = timeout, on_wait, should_stop
+        self._on_lost = on_lost
         self._flock = FileLock(run_dir / LOCK_FILE, thread_local=False)
         self._watch = _HeartbeatWatch(stale_after)
         self._held: Owner | None = None
@@ -187,7 +192,8 @@ class RunLock:
             if not found.is_gone and not self._watch.stands_still(found):
                 return False
             log.info("taking over from %s", found)
-            self._owner_path.unlink(missing_ok=True)
+            if not self._remove(found):
+                return False
         except FileNotFoundError:
             pass
         except ValueError:
@@ -209,13 +215,34 @@ class RunLock:
         self._held = ours
         return True
 
+    def _remove(self, dead: Owner) -> bool:
+        """Remove the owner file of ``dead``, and no other's: another host may just have taken over.
+
+        A rename takes the file whoever wrote it, exactly once; what came along is then looked at.
+        """
+        aside = self._owner_path.with_name(f"{OWNER_FILE}.{secrets.token_hex(8)}")
+        try:
+            self._owner_path.rename(aside)
+        except FileNotFoundError:
+            return True
+        removed = read_owner_file(aside)
+        ours_to_remove = removed is None or removed.token == dead.token
+        if not ours_to_remove:
+            with suppress(FileExistsError):
+                os.link(aside, self._owner_path)
+        aside.unlink(missing_ok=True)
+        return ours_to_remove
+
     def _beat(self) -> None:
         ours = self._held
         while ours is not None and not self._stop.wait(HEARTBEAT_SECONDS):
             try:
                 found = self.owner()
                 if found is not None and found.token != ours.token:
-                    log.error("%s was taken over by %s, which saw no heartbeat of this process", self.run_dir, found)
+                    message = f"{self.run_dir} was taken over by {found}, which saw no heartbeat of this process"
+                    log.error("%s", message)
+                    if self._on_lost is not None:
+                        self._on_lost(message)
                     return
                 ours = replace(ours, heartbeat=ours.heartbeat + 1)
                 _write_aside(self._owner_path, ours).replace(self._owner_path)
@@ -298,15 +325,15 @@ def live_runs(run_dirs: Iterable[Path]) -> set[Path]:
     return live
 
 
-def is_live(run_dir: Path) -> bool:
-    """Whether a live process holds ``run_dir``; see :func:`live_runs`."""
-    return bool(live_runs([run_dir]))
-
-
 def read_owner(run_dir: Path) -> Owner | None:
     """The holder that the owner file of ``run_dir`` names; None without one, or when it is unreadable."""
+    return read_owner_file(run_dir / OWNER_FILE)
+
+
+def read_owner_file(path: Path) -> Owner | None:
+    """The holder that an owner file names; None when it is missing or unreadable."""
     try:
-        return _parse_owner((run_dir / OWNER_FILE).read_bytes())
+        return _parse_owner(path.read_bytes())
     except (OSError, ValueError):
         return None
 

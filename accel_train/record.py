@@ -219,12 +219,21 @@ class MetricsLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(strict_json(line, "line") + "\n")
 
-    def cut_back(self, step: int) -> None:
-        """Remove every line after ``step``, and what a killed process left half-written; atomic."""
+    def cut_back(self, step: int, *, evaluation_due: bool = False) -> None:
+        """Remove every line after ``step``, and what a killed process left half-written; atomic.
+
+        Args:
+            step: the last step whose lines stay.
+            evaluation_due: the evaluation of that step will be done again, so its line goes as well.
+        """
         if not self.path.exists():
             return
         content = self.path.read_bytes()
-        kept = b"".join(raw for raw, line in _parsed(content) if line["step"] <= step)
+        kept = b"".join(
+            raw
+            for raw, line in _parsed(content)
+            if line["step"] < step or (line["step"] == step and not (evaluation_due and "gate_passed" in line))
+        )
         if kept != content:
             write_atomic(self.path, kept)
 

@@ -7,6 +7,8 @@ themselves.
 
 from __future__ import annotations
 
+import importlib
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,13 +21,14 @@ from accel_train.record import (
     timestamp,
     write_record,
 )
-from accel_train.report import training_curves
 from accel_train.training.callbacks import Callback, LoopState
 from accel_train.training.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from accel_train.rundir import RunDirectory
     from accel_train.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 FIGURE = Path("figures") / "training_curves.png"
 
@@ -85,7 +88,8 @@ class RecordKeeper(Callback):
     def on_train_start(self, state: LoopState) -> None:
         """Cut the log back to the step that training starts from."""
         self._metrics = MetricsLog(self._directory.path / METRICS_FILE)
-        self._metrics.cut_back(state.step)
+        due = self._trainer is not None and self._trainer.state.evaluation_due
+        self._metrics.cut_back(state.step, evaluation_due=due)
         self._update()
 
     def on_log(self, state: LoopState, line: dict[str, Any]) -> None:
@@ -96,10 +100,6 @@ class RecordKeeper(Callback):
         """Append the evaluation's figures."""
         figures = {"step": evaluation["step"], "epoch": evaluation["epoch"], "gate_passed": evaluation.get("passed")}
         self._append({**figures, **evaluation.get("metrics", {})})
-
-    def on_checkpoint(self, state: LoopState, path: Path) -> None:
-        """Bring the record up to the checkpoint."""
-        self._update()
 
     def on_epoch_end(self, state: LoopState) -> None:
         """Bring the record up to the epoch."""
@@ -116,9 +116,18 @@ class RecordKeeper(Callback):
         self.record["finished_at"] = None if status == "preempted" else timestamp()
         if self._trainer is not None:
             self._fill(self._trainer)
-            if self.record["curves"]["train_loss"]:
-                training_curves(self.record, self._directory.path / FIGURE)
         self._write()
+        # After the record, whose status must not wait for it; a preempted run has no time for it.
+        if status != "preempted" and self.record["curves"]["train_loss"]:
+            self._draw()
+
+    def _draw(self) -> None:
+        path = self._directory.path / FIGURE
+        try:
+            # Imported here: matplotlib takes longer than the rest of the start-up, on every rank.
+            importlib.import_module("accel_train.report").training_curves(self.record, path)
+        except Exception:
+            log.warning("%s could not be drawn; the record is complete without it", path, exc_info=True)
 
     def summary(self) -> str:
         """One line for people: the verdict, the figures it rests on, and what they cost."""
@@ -147,15 +156,15 @@ class RecordKeeper(Callback):
         }
         record["curves"] = {"train_loss": list(state.train_loss), **curves}
         record["metrics"]["scalars"] = self._scalars(trainer, evaluations)
-        if evaluations:
-            last = evaluations[-1]
-            record["gate"].update(
-                passed=last.get("passed"),
-                epoch=last["epoch"],
-                criteria=last.get("criteria", []),
-                evidence=last.get("evidence", {}),
-                failure_reason=last.get("failure_reason"),
-            )
+        # Also without an evaluation: those of steps that were rolled back must not stay.
+        last = evaluations[-1] if evaluations else {}
+        record["gate"].update(
+            passed=last.get("passed"),
+            epoch=last.get("epoch"),
+            criteria=last.get("criteria", []),
+            evidence=last.get("evidence", {}),
+            failure_reason=last.get("failure_reason"),
+        )
         provenance = record["provenance"]
         provenance["world_sizes"] = list(state.world_sizes)
         provenance["resumes"] = list(state.resumes)
@@ -171,7 +180,7 @@ class RecordKeeper(Callback):
             "final_train_loss": state.train_loss[-1] if state.train_loss else None,
             **{f"final_{name}": value for name, value in metrics.items()},
             "gate_passed": bool(evaluations and evaluations[-1].get("passed")),
-            "epochs_trained": state.epoch,
+            "epochs_trained": state.step / trainer.plan.steps_per_epoch,
             "steps_trained": state.step,
             "tokens_seen": state.tokens_seen,
             "parameters": sum(p.numel() for p in trainer.unwrapped_model.parameters()),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,9 +34,11 @@ from accel_train.lock import RunLock
 from accel_train.record import read_record
 from accel_train.training.progress import ConsoleHandler
 
+log = logging.getLogger(__name__)
+
 CONFIG_FILE = "config.yaml"
 # The record goes first: a kill in the middle of archiving must not leave a directory that looks finished.
-_ARCHIVED = ("result.json", "checkpoints", "metrics.jsonl", CONFIG_FILE, "figures", "samples", "logs")
+_ARCHIVED = ("result.json", "checkpoints", "metrics.jsonl", CONFIG_FILE, "figures", "samples", "logs", "tracking")
 
 
 class RunDirectory:
@@ -73,6 +76,7 @@ class RunDirectory:
             self.config.training.lock_timeout,
             on_wait=lambda message: say("lock", message),
             should_stop=should_stop,
+            on_lost=_leave_at_once,
         )
         lock.acquire()
         self._lock = lock
@@ -122,6 +126,13 @@ class RunDirectory:
         for name in present:
             (self.path / name).rename(archive / name)
         say("archive", f"the earlier run was moved to {archive}")
+
+
+def _leave_at_once(message: str) -> None:
+    """Two processes must not write one run: whoever lost the lock leaves without saving."""
+    log.critical("%s; leaving without saving", message)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def dump_config(config: ExperimentConfig) -> str:

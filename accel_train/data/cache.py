@@ -115,12 +115,22 @@ def _open_or_build(root: Path, key: str, build: Callable[[Path], None]) -> Path:
     try:
         build(temporary)
         _seal(temporary, key)
-        temporary.rename(final)
+        _publish(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_directory(root)
     return final
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """The commit. Where the lock does not reach another host, that host's artifact may be there first."""
+    try:
+        temporary.rename(final)
+    except OSError:
+        if damage(final) is not None:
+            raise
+        shutil.rmtree(temporary)
 
 
 def _seal(directory: Path, key: str) -> None:

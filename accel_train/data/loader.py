@@ -7,6 +7,7 @@ of what was consumed costs neither a transfer nor a kernel launch.
 from __future__ import annotations
 
 import random
+import signal
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,13 @@ class DatasetWithIds(Dataset[Any]):
 
 
 def seed_worker(_worker_id: int) -> None:
-    """Seed Python and NumPy in a DataLoader worker from torch's seed of that worker."""
+    """Seed Python and NumPy in a DataLoader worker from torch's seed of that worker; leave signals to its parent.
+
+    A scheduler signals the whole process group. A worker that died of it would fail the training
+    process in the middle of a step, instead of letting it save and leave.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     seed = torch.initial_seed() % 2**32
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - what a dataset's own code would draw from

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 
 from accel_train.config import CheckpointConfig, canonical_json
 from accel_train.durable import fsync_directory, fsync_file, sha256_file
@@ -41,6 +42,10 @@ _STEP_DIRECTORY = re.compile(r"step_(\d+)")
 
 class CheckpointError(RuntimeError):
     """No usable checkpoint, or one that may not be used here."""
+
+
+class NewerFormat(CheckpointError):
+    """A checkpoint that a newer version wrote: sound, but not for this one."""
 
 
 def step_directory(step: int) -> str:
@@ -70,7 +75,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if _digest(manifest) != stated:
         raise CheckpointError(f"{path / MANIFEST} does not match its own digest")
     if manifest["format_version"] > FORMAT_VERSION:
-        raise CheckpointError(
+        raise NewerFormat(
             f"{path} has checkpoint format {manifest['format_version']}; this version reads up to "
             f"{FORMAT_VERSION}: update accel_train"
         )
@@ -78,9 +83,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path) -> list[str]:
-    """What is wrong with checkpoint ``path``, every byte read; empty when it is sound."""
+    """What is wrong with checkpoint ``path``, every byte read; empty when it is sound.
+
+    Raises:
+        NewerFormat: a newer version wrote it.
+    """
     try:
         manifest = read_manifest(path)
+    except NewerFormat:
+        raise
     except CheckpointError as error:
         return [str(error)]
     problems = []
@@ -104,6 +115,7 @@ def newest_sound(directory: Path, *, set_aside: bool = False) -> Path | None:
 
     Raises:
         CheckpointError: there are checkpoints, but every one is damaged.
+        NewerFormat: the newest was written by a newer version.
     """
     damaged: dict[Path, str] = {}
     for _, path in reversed(list_checkpoints(directory)):
@@ -125,15 +137,17 @@ def newest_sound(directory: Path, *, set_aside: bool = False) -> Path | None:
     return None
 
 
-def rng_digest() -> str:
-    """SHA-256 of every random state that Accelerate saves: Python, NumPy, torch, CUDA."""
+def rng_digest(device: torch.device) -> str:
+    """SHA-256 of the random states that this process draws from: Python, NumPy, torch, and its GPU's.
+
+    Those of other visible GPUs are left out: their number may differ from launch to launch.
+    """
     digest = hashlib.sha256(repr(random.getstate()).encode())
     name, keys, *rest = np.random.get_state()  # noqa: NPY002 - the global state is what is saved
     digest.update(repr((name, rest)).encode() + np.asarray(keys).tobytes())
     digest.update(torch.get_rng_state().numpy().tobytes())
-    if torch.cuda.is_available():
-        for state in torch.cuda.get_rng_state_all():
-            digest.update(state.numpy().tobytes())
+    if device.type == "cuda":
+        digest.update(torch.cuda.get_rng_state(device).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -188,7 +202,7 @@ class Checkpointer:
         A checkpoint of the same step that this launch wrote or loaded is kept, not rewritten.
 
         Raises:
-            OSError: disk full or not writable; earlier checkpoints are intact.
+            CheckpointError: disk full or not writable; earlier checkpoints are intact.
             LostPeer: another rank is gone; nothing was committed.
         """
         target = self.directory / step_directory(state.step)
@@ -196,16 +210,29 @@ class Checkpointer:
             return target
         nonce = self._coordinator.main_phase("checkpoint directory", lambda _: secrets.token_hex(4))
         temporary = self.directory / f".tmp-{target.name}-{nonce}"
-        self._state = state
-        self._accelerator.save_state(str(temporary), safe_serialization=True)
-        self._state = None
+        self._write(temporary, state)
         if not self._coordinator.is_main:
             for file in temporary.glob(f"random_states_{self._coordinator.rank}.*"):
                 fsync_file(file)
-        rng = self._coordinator.gather("checkpoint files", rng_digest())
+        rng = self._coordinator.gather("checkpoint files", rng_digest(self._accelerator.device))
         self._coordinator.main_phase("checkpoint commit", lambda _: self._commit(temporary, target, state, rng))
         self._newest = state.step
         return target
+
+    def _write(self, temporary: Path, state: TrainingState) -> None:
+        self._state = state
+        try:
+            self._accelerator.save_state(str(temporary), safe_serialization=True)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # A full disk comes as any of these. What was written would only keep it full.
+            free = shutil.disk_usage(self.directory).free
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(
+                f"the checkpoint of step {state.step} could not be written to {self.directory} "
+                f"({free / 1e6:.0f} MB free): {error}; earlier checkpoints are intact"
+            ) from error
+        finally:
+            self._state = None
 
     def load(self) -> TrainingState | None:
         """Restore the newest sound checkpoint into the prepared objects; None when there is none.
@@ -220,7 +247,10 @@ class Checkpointer:
             return None
         path = self.directory / name
         manifest = read_manifest(path)
-        state = TrainingState.load(path)
+        try:
+            state = TrainingState.load(path)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
         self._accelerator.load_state(str(path))
         self._restore_rng(path, manifest, state)
         self._newest = state.step
@@ -244,14 +274,16 @@ class Checkpointer:
     def _restore_rng(self, path: Path, manifest: Mapping[str, Any], state: TrainingState) -> None:
         rank = self._coordinator.rank
         saved = {entry["rank"]: entry["sha256"] for entry in manifest["rng"]}
-        if rank not in saved:
+        device = self._accelerator.device
+        moved = state.machine.get("device_type", device.type) != device.type
+        if rank not in saved or moved:
             set_seed(derive_rank_seed(self._seed, state.step, rank))
-        restored = rank not in saved or rng_digest() == saved[rank]
+        restored = rank not in saved or moved or rng_digest(device) == saved[rank]
         failed = [r for r, ok in enumerate(self._coordinator.gather("restored random states", restored)) if not ok]
         if failed:
             raise CheckpointError(
                 f"{path}: the random state of rank {failed} was not restored (its live digest differs from the "
-                "manifest's): the number of visible GPUs or a library version may have changed"
+                "manifest's): a library version may have changed; launch it as before, or start over with --fresh"
             )
 
     def _write_own_files(self, _models: object, _weights: object, output_dir: str) -> None:

@@ -198,10 +198,6 @@ class Coordinator:
         self._await_ranks(key, name)
         return [json.loads(self._store.get(f"{key}/{rank}")) for rank in range(self.world_size)]
 
-    def barrier(self, name: str) -> None:
-        """Wait until every rank has come here."""
-        self.gather(name, None)
-
     def _lead(self, key: str, name: str, work: Callable[[Callable[[], bool]], T]) -> T:
         try:
             with self._heartbeat(key):

@@ -21,7 +21,7 @@ class NonFinite(RuntimeError):
         self.step, self.where = step, where
         super().__init__(
             f"training stopped at step {step}: the loss or a gradient is not finite; first: {where}. "
-            "The last checkpoint is intact; a lower training.learning_rate or a look at that data may help"
+            "Checkpoints of earlier steps are intact; a lower training.learning_rate or a look at that data may help"
         )
 
 

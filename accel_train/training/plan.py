@@ -65,6 +65,10 @@ class Plan:
         """Position of a step's first sample, counted over the whole run."""
         return (epoch * self.steps_per_epoch + step_in_epoch) * self.config.batch_size
 
+    def epoch_of(self, step: int) -> int:
+        """The epoch, counted from 1, that the ``step``-th step belongs to."""
+        return -(-step // self.steps_per_epoch)
+
     def sampler(self) -> GlobalBatchSampler:
         """The batches of micro-steps, in the run's order."""
         batches = self.steps_per_epoch * self.accumulation

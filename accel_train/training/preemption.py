@@ -53,14 +53,20 @@ class StopSignal:
         self.request(signal.Signals(number).name)
 
     @contextmanager
-    def installed(self) -> Iterator[StopSignal]:
-        """Handle the stop signals inside the block; main thread only."""
+    def installed(self, *, until_exit: bool = False) -> Iterator[StopSignal]:
+        """Handle the stop signals inside the block; main thread only.
+
+        Args:
+            until_exit: once a stop was requested, go on handling them after the block: a
+                scheduler's second signal must not change the exit code of a process on its way out.
+        """
         previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         try:
             yield self
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            if not (until_exit and self.requested):
+                for number, handler in previous.items():
+                    signal.signal(number, handler)
 
     def die_with_launcher(self) -> None:
         """Under a launcher, ask the kernel (Linux) for SIGTERM when the launcher dies.

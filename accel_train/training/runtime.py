@@ -10,11 +10,11 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DataLoaderConfiguration,
     GradientAccumulationPlugin,
@@ -30,7 +30,7 @@ _MAX_WARM_UP_PASSES = 5
 
 
 def build_accelerator(
-    config: TrainingConfig, *, log_with: Sequence[str] = (), project_dir: Path | None = None
+    config: TrainingConfig, *, log_with: Sequence[str] = (), log_dir: str | None = None
 ) -> Accelerator:
     """An Accelerator with our timeout, batch splitting and accumulation.
 
@@ -39,6 +39,11 @@ def build_accelerator(
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config.check_world_size(world_size)
+    available = {str(tracker.value) for tracker in get_available_trackers()} if log_with else set()
+    for tracker in log_with:
+        if tracker not in available:
+            # Accelerate would leave it out without a word.
+            raise ConfigError("tracking.log_with", tracker, "is not installed; pip install accel_train[tracking]")
     if config.deterministic:
         # Read by cuBLAS when CUDA starts, so it must stand before the Accelerator does.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -48,8 +53,8 @@ def build_accelerator(
             num_steps=config.gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
         ),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_seconds))],
-        project_config=ProjectConfiguration(project_dir=str(project_dir) if project_dir else None),
         log_with=list(log_with) or None,
+        project_config=ProjectConfiguration(logging_dir=log_dir),
         rng_types=[],
         step_scheduler_with_optimizer=True,
     )
@@ -63,6 +68,23 @@ def build_accelerator(
     if config.deterministic and accelerator.device.type == "cuda":
         _make_deterministic()
     return accelerator
+
+
+def check_accelerator(accelerator: Accelerator, config: TrainingConfig) -> None:
+    """Refuse an Accelerator that would cut batches or count micro-steps otherwise than the loop does.
+
+    Raises:
+        ConfigError: it was not made as :func:`build_accelerator` makes it.
+    """
+    if accelerator.num_processes > 1 and not accelerator.split_batches:
+        raise ConfigError("accelerator", "split_batches=False", "must split batches; use build_accelerator")
+    steps = accelerator.gradient_accumulation_steps
+    if steps != config.gradient_accumulation_steps:
+        raise ConfigError(
+            "training.gradient_accumulation_steps",
+            config.gradient_accumulation_steps,
+            f"does not agree with the Accelerator's {steps}; use build_accelerator",
+        )
 
 
 def _make_deterministic() -> None:
@@ -92,6 +114,7 @@ def machine(accelerator: Accelerator) -> dict[str, Any]:
     device = accelerator.device
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device_type": device.type,
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

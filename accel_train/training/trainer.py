@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from accel_train.config import CheckpointConfig, TrainingConfig, canonical_json,
 from accel_train.data.loader import DatasetWithIds, build_loader, count_tokens
 from accel_train.interrupt import Interrupted
 from accel_train.training.callbacks import Callback, LoopState, overriding
-from accel_train.training.checkpoint import Checkpointer, CheckpointError
+from accel_train.training.checkpoint import Checkpointer, CheckpointError, derive_rank_seed
 from accel_train.training.coordination import Coordinator, LostPeer, PeerFailed
 from accel_train.training.diagnosis import NonFinite, first_bad_tensor
 from accel_train.training.hooks import Hooks
@@ -36,7 +36,7 @@ from accel_train.training.losses import next_token_cross_entropy
 from accel_train.training.optimizer import build_optimizer
 from accel_train.training.plan import Plan
 from accel_train.training.preemption import StopSignal
-from accel_train.training.runtime import arithmetic, build_accelerator, machine, warm_up_buckets
+from accel_train.training.runtime import arithmetic, build_accelerator, check_accelerator, machine, warm_up_buckets
 from accel_train.training.state import TrainingState
 from accel_train.training.stopwatch import Stopwatch
 
@@ -116,6 +116,7 @@ class Trainer:
         self.checkpoint_config = checkpoint or CheckpointConfig()
         self.seed = seed
         self.accelerator = accelerator or build_accelerator(self.config)
+        check_accelerator(self.accelerator, self.config)
         self.state = TrainingState()
         self.tokens_at_start = 0
         self.clock = Stopwatch()
@@ -173,6 +174,7 @@ class Trainer:
         self._watches_norm = self.accelerator.scaler is None
         self._freezes_on_device = self._watches_norm and device.type == "cuda"
         self._frozen = torch.zeros((), dtype=torch.float32, device=device)
+        self._updates = torch.zeros_like(self._frozen)
         if self._freezes_on_device:
             # The fused kernel skips its update while this is 1: no host decision, no sync.
             self._optimizer.optimizer.found_inf = self._frozen
@@ -182,7 +184,7 @@ class Trainer:
     @property
     def unwrapped_model(self) -> nn.Module:
         """The model without Accelerate's and DDP's wrappers."""
-        model: nn.Module = self.accelerator.unwrap_model(self.model)
+        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return model
 
     def fit(self) -> TrainingState:
@@ -204,9 +206,12 @@ class Trainer:
                 self._train()
                 for callback in self._callbacks:
                     callback.on_train_end(self.loop_state)
-            except RuntimeError as error:
+            except (Preempted, LostPeer, PeerFailed):
+                raise
+            except Exception as error:
                 if self.plan.world_size > 1 and _is_lost_peer(error):
                     raise LostPeer(f"another rank is gone: {str(error).strip().splitlines()[0]}") from error
+                self._coordinator.announce_failure(error)
                 raise
             finally:
                 if self._hooks is not None:
@@ -223,7 +228,7 @@ class Trainer:
         if restored is None:
             self.state = TrainingState(arithmetic=in_force, machine=here)
             # Dropout must differ between ranks; weights are already equal.
-            set_seed(self.seed, device_specific=True)
+            set_seed(derive_rank_seed(self.seed, 0, self._coordinator.rank))
         else:
             self.state = restored
             self._note_resume(in_force, here)
@@ -277,9 +282,11 @@ class Trainer:
         """Steps up to the end of the epoch, of the budget, or until an evaluation stops training."""
         state = self.state
         self._sampler.seek(state.epoch, state.step_in_epoch * self.plan.accumulation)
-        for ids, batch in self._loader:
-            if self._micro_step(ids, batch) and self._end_step():
-                break
+        # Closed even when training ends in between: its workers then leave by themselves.
+        with closing(iter(self._loader)) as batches:
+            for ids, batch in batches:
+                if self._micro_step(ids, batch) and self._end_step():
+                    break
         if state.step_in_epoch == self.plan.steps_per_epoch:
             state.epoch, state.step_in_epoch = state.epoch + 1, 0
             self.loop_state.epoch = state.epoch
@@ -295,24 +302,33 @@ class Trainer:
                 # Times 1 exactly, or NaN: a loss that is not finite reaches every rank's gradients.
                 loss = loss * (value * 0 + 1)
             accelerator.backward(loss)
+            self._ledger.enter(value, self._position + self._own_positions, ids)
+            self._position += self.plan.micro_batch
+            self.state.tokens_seen += count_tokens(batch) * self.plan.world_size
             completed = bool(accelerator.sync_gradients)
             if completed:
                 self._update(value)
-        self._ledger.enter(value, self._position + self._own_positions, ids)
-        self._position += self.plan.micro_batch
-        self.state.tokens_seen += count_tokens(batch) * self.plan.world_size
         return completed
 
     def _update(self, loss: torch.Tensor) -> None:
+        max_norm = self.config.max_grad_norm or math.inf
         if self._hooks:
+            # Hooks see true gradients: without this fp16's would still be multiplied by the loss scale.
+            self.accelerator.unscale_gradients()
             self._hooks.apply_update(self.state.step, self._parameters)
-        norm = self.accelerator.clip_grad_norm_(self._parameters, self.config.max_grad_norm or math.inf)
+        if self._hooks and self.accelerator.scaler is not None:
+            norm = nn.utils.clip_grad_norm_(self._parameters, max_norm)
+        else:
+            norm = self.accelerator.clip_grad_norm_(self._parameters, max_norm)
         self.loop_state._loss, self.loop_state._grad_norm = loss, norm
         if self._freezes_on_device:
             self._frozen.masked_fill_((norm + loss).isfinite().logical_not_(), 1.0)
+            self._updates.add_(1.0 - self._frozen)
         elif self._watches_norm and not math.isfinite(float(norm) + float(loss)):
             # On CPU reading costs nothing; the norm is that of the summed gradients, equal on all ranks.
-            raise self._non_finite(self.state.step)
+            losses, _ = self._ledger.settle()
+            self.state.train_loss.extend(losses)
+            raise self._stopped_at(self.state.step)
         self._optimizer.step()
         self._scheduler.step()
         self._optimizer.zero_grad()
@@ -355,7 +371,7 @@ class Trainer:
         wanted = interval is None or state.step % interval == 0 or is_last
         if self._evaluate_fn is not None and wanted and not done:
             verdict = self._run_evaluator()
-            evaluation = {"step": state.step, "epoch": state.epoch, **verdict}
+            evaluation = {"step": state.step, "epoch": self.plan.epoch_of(state.step), **verdict}
             state.evaluations.append(evaluation)
             state.stopped = bool(verdict.get("stop"))
             if verdict.get("passed") and state.keep_step is None:
@@ -407,18 +423,19 @@ class Trainer:
         first = len(self.state.train_loss)
         self.state.train_loss.extend(losses)
         self.state.fingerprint = (self.state.fingerprint + fingerprint) % 2**64
-        bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
-        if bad is None and self._freezes_on_device and float(self._frozen):
-            bad = 0
-        if bad is not None:
-            raise self._non_finite(first + bad)
+        good = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
+        if self._freezes_on_device:
+            good = min(good, int(self._updates))
+            self._updates.zero_()
+        if good < len(losses):
+            raise self._stopped_at(first + good)
 
     def _log(self) -> None:
         self._flush()
         state, loop = self.state, self.loop_state
         line = {
             "step": state.step,
-            "epoch": state.epoch,
+            "epoch": self.plan.epoch_of(state.step),
             "loss": float(np.mean(state.train_loss[-self.config.log_interval :])),
             "lr": loop.lr,
             "grad_norm": loop.grad_norm,
@@ -437,8 +454,11 @@ class Trainer:
         self._rate_mark = (now, self.state.tokens_seen)
         return (self.state.tokens_seen - tokens) / max(now - before, 1e-9)
 
-    def _non_finite(self, step: int) -> NonFinite:
-        """Replay the batch of update ``step`` (0-based) on every rank and name what is not finite."""
+    def _stopped_at(self, step: int) -> NonFinite:
+        """Update ``step`` (0-based) could not be made: replay its batch on every rank and name what is not finite."""
+        # Losses from there on belong to no update: they were computed from weights that stood still.
+        del self.state.train_loss[step:]
+        self.state.step = step
         epoch, within = divmod(step, self.plan.steps_per_epoch)
         finding: str | None = None
         for micro_step in range(self.plan.accumulation):
@@ -450,6 +470,6 @@ class Trainer:
         return NonFinite(step + 1, where)
 
 
-def _is_lost_peer(error: RuntimeError) -> bool:
-    ours = isinstance(error, LostPeer | NonFinite | CheckpointError | PeerFailed)
-    return not ours and any(sign in str(error).lower() for sign in _LOST_PEER_SIGNS)
+def _is_lost_peer(error: Exception) -> bool:
+    ours = isinstance(error, NonFinite | CheckpointError)
+    return isinstance(error, RuntimeError) and not ours and any(sign in str(error).lower() for sign in _LOST_PEER_SIGNS)

@@ -68,7 +68,7 @@ WRONG_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "init_from that leads nowhere": (
         {"training": {"init_from": "/nowhere"}},
-        "training.init_from: '/nowhere' is not a directory; name a run directory or one of its checkpoints",
+        "training.init_from: '/nowhere' is not a directory; name a ",
     ),
 }
 

@@ -112,3 +112,16 @@ def test_a_dead_launcher_leaves_no_orphan(tmp_path: Path) -> None:
     assert code == -signal.SIGKILL
     assert seconds < 10, output
     assert record(results)["status"] == "preempted"
+
+
+def test_a_signal_to_the_whole_group_spares_the_data_loading_workers(tmp_path: Path) -> None:
+    """A scheduler signals every process of the job; a worker that died of it would fail the run."""
+    results = tmp_path / "results"
+    workers = {"training": {"num_workers": 2}, "output_dir": str(results)}
+    config = write_config(tmp_path / "c.yaml", TINY, LONG, workers)
+    code, output, seconds = stop_when_training(
+        config, results, 0, lambda process: os.killpg(process.pid, signal.SIGTERM)
+    )
+    assert code == 75, output
+    assert seconds < 10
+    assert record(results)["status"] == "preempted"

@@ -34,6 +34,20 @@ def test_sigkill_in_mid_epoch_changes_no_bit(tmp_path: Path, world: int) -> None
     assert steps == sorted(set(steps)), "a line stands twice in metrics.jsonl"
 
 
+def test_sigkill_changes_no_bit_under_accumulation_and_evaluation_within_epochs(tmp_path: Path) -> None:
+    """Two processes, two micro-steps a step, an evaluation every seven steps; killed between two of them."""
+    mode = {"training": {"gradient_accumulation_steps": 2, "eval_interval": 7}}
+    left_alone = write_config(tmp_path / "a.yaml", TINY, HOOKS, mode, {"output_dir": str(tmp_path / "a")})
+    killed = write_config(tmp_path / "b.yaml", TINY, HOOKS, mode, {"output_dir": str(tmp_path / "b")})
+    run(left_alone, 2)
+    mark = tmp_path / "killed"
+    run(killed, 2, expect=None, KILL_AT_STEP="32", KILL_MARK=str(mark))
+    assert mark.exists()
+    run(killed, 2)
+    assert outcome(tmp_path / "b") == outcome(tmp_path / "a")
+    assert len(record(tmp_path / "a")["curves"]["rule_compliance"]) == 60 // 7 + 1
+
+
 def test_one_and_two_processes_consume_the_same_data_and_agree_on_the_losses(tmp_path: Path) -> None:
     no_dropout = {"model": {"dropout": 0.0}}
     for world in (1, 2):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
+import os
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from accel_train.config import (
+    ConfigError,
     ExperimentConfig,
     GateConfig,
     GraphConfig,
@@ -21,7 +26,10 @@ from accel_train.config import (
     WalksConfig,
     run_directory,
 )
-from accel_train.experiment import run
+from accel_train.experiment import resolve_init, run
+from accel_train.interrupt import Interrupted
+from accel_train.run_record import RecordKeeper
+from accel_train.tasks.walks import WalksTask
 from accel_train.training.checkpoint import list_checkpoints
 
 TINY = ExperimentConfig(
@@ -93,3 +101,70 @@ def test_a_passed_gate_ends_training_at_once(tmp_path):
     _, record = finished(tmp_path, gate=lenient)
     assert record["metrics"]["scalars"]["epochs_trained"] == 1
     assert record["gate"]["epoch"] == 1
+
+
+def test_a_figure_that_cannot_be_drawn_does_not_keep_a_run_from_ending(tmp_path):
+    config = dataclasses.replace(TINY, output_dir=str(tmp_path))
+    directory = run_directory(config)
+    directory.mkdir(parents=True)
+    (directory / "figures").write_text("in the way")
+    assert run(config) == 0
+    assert json.loads((directory / "result.json").read_text())["status"] == "completed"
+
+
+def test_weights_to_start_from_must_not_change_underneath(tmp_path):
+    source, _ = finished(tmp_path)
+    record = json.loads((source / "result.json").read_text())
+    (source / "result.json").write_text(json.dumps({**record, "status": "running"}))
+    with pytest.raises(ConfigError, match="is a run that is not completed"):
+        resolve_init(dataclasses.replace(TINY, training=dataclasses.replace(TINY.training, init_from=str(source))))
+
+
+def test_a_named_run_goes_on_when_its_source_is_gone(tmp_path):
+    source, _ = finished(tmp_path)
+    started_from = dataclasses.replace(TINY.training, init_from=str(source))
+    named, first = finished(tmp_path, name="second", training=started_from)
+    shutil.rmtree(source)
+    (named / "result.json").write_text(json.dumps({**first, "status": "preempted"}))
+    _, again = finished(tmp_path, name="second", training=started_from)
+    assert again["config_hash"] == first["config_hash"]
+    assert again["provenance"]["init_digest"] == first["provenance"]["init_digest"]
+
+
+def test_an_evaluation_done_twice_stands_once_in_the_log(tmp_path, monkeypatch):
+    """Preempted in the evaluation, then killed after it was done again: the third launch does it anew."""
+    config = dataclasses.replace(TINY, output_dir=str(tmp_path))
+    directory = run_directory(config)
+    evaluate = WalksTask.evaluate
+
+    def interrupted(task, model, should_stop):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert should_stop()
+        raise Interrupted("stopped")
+
+    monkeypatch.setattr(WalksTask, "evaluate", interrupted)
+    assert run(config) == 75
+    monkeypatch.setattr(WalksTask, "evaluate", evaluate)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(keeper, state):
+        raise Killed
+
+    monkeypatch.setattr(RecordKeeper, "on_epoch_end", killed)
+    with pytest.raises(Killed):
+        run(config)
+    monkeypatch.undo()
+    assert run(config) == 0
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "gate_passed" in line] == [4, 8]
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(tmp_path):
+    config = dataclasses.replace(TINY, output_dir=str(tmp_path / "out"), tracking=TrackingConfig(log_with=("wandb",)))
+    if importlib.util.find_spec("wandb") is not None:
+        pytest.skip("wandb is installed")
+    with pytest.raises(ConfigError, match=r"tracking\.log_with: 'wandb' is not installed"):
+        run(config)
+    assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ import pytest
 
 from accel_train import lock as lock_module
 from accel_train.interrupt import Interrupted
-from accel_train.lock import LOCK_FILE, OWNER_FILE, Owner, RunLock, RunLocked, is_live, live_runs, read_owner
+from accel_train.lock import LOCK_FILE, OWNER_FILE, Owner, RunLock, RunLocked, live_runs, read_owner
 
 HOLD = """
 import sys, time
@@ -100,7 +100,7 @@ def test_lock_can_be_taken_again_after_release(tmp_path):
     lock = RunLock(tmp_path, timeout=0)
     for _ in range(2):
         with lock:
-            assert is_live(tmp_path)
+            assert live_runs([tmp_path])
 
 
 def test_live_process_is_named_with_host_job_and_start(tmp_path, holder):
@@ -117,7 +117,7 @@ def test_failed_attempt_does_not_disturb_the_holder(tmp_path, holder):
     for _ in range(2):
         with pytest.raises(RunLocked):
             RunLock(tmp_path, timeout=0).acquire()
-    assert is_live(tmp_path)
+    assert live_runs([tmp_path])
 
 
 def test_waiter_gets_the_lock_when_the_holder_lets_go(tmp_path, holder):
@@ -146,7 +146,7 @@ def test_zombie_counts_as_dead(tmp_path, holder):
     holder.kill()
     os.waitid(os.P_PID, holder.process.pid, os.WEXITED | os.WNOWAIT)  # dead, but not reaped
 
-    assert not is_live(tmp_path)
+    assert not live_runs([tmp_path])
     RunLock(tmp_path, timeout=0).acquire()
 
 
@@ -158,7 +158,7 @@ def test_children_of_a_killed_holder_are_waited_for(tmp_path):
     try:
         with pytest.raises(RunLocked, match="children of process"):
             RunLock(tmp_path, timeout=0.2).acquire()
-        assert not is_live(tmp_path)
+        assert not live_runs([tmp_path])
 
         with RunLock(tmp_path, timeout=60, on_wait=lambda _: os.kill(child, signal.SIGKILL)):
             assert read_owner(tmp_path).pid == os.getpid()
@@ -172,7 +172,7 @@ def test_recycled_pid_and_restarted_host_count_as_dead(tmp_path, changes):
         ours = read_owner(tmp_path)
     plant(tmp_path, replace(ours, **changes))
 
-    assert not is_live(tmp_path)
+    assert not live_runs([tmp_path])
     RunLock(tmp_path, timeout=0).acquire()
 
 
@@ -319,7 +319,7 @@ def test_release_is_harmless_when_nothing_is_held(tmp_path):
     lock.acquire()
     lock.release()
     lock.release()
-    assert not is_live(tmp_path)
+    assert not live_runs([tmp_path])
 
 
 def test_live_runs_looks_up_this_host_and_watches_others(tmp_path, holder, monkeypatch):
@@ -341,5 +341,5 @@ def test_live_runs_looks_up_this_host_and_watches_others(tmp_path, holder, monke
 
 
 def test_probing_never_touches_the_lock_file(tmp_path):
-    assert not is_live(tmp_path)
+    assert not live_runs([tmp_path])
     assert list(tmp_path.iterdir()) == []

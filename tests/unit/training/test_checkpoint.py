@@ -6,15 +6,18 @@ import hashlib
 import json
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from accel_train.config import CheckpointConfig, TrainingConfig, canonical_json
 from accel_train.training import checkpoint as module
 from accel_train.training.checkpoint import (
     CheckpointError,
+    NewerFormat,
     derive_rank_seed,
     list_checkpoints,
     newest_sound,
@@ -63,7 +66,7 @@ def test_a_checkpoint_holds_the_files_of_the_contract_and_their_digests(train, d
         assert entry == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     stated = manifest.pop("self_sha256")
     assert stated == hashlib.sha256(canonical_json(manifest).encode()).hexdigest()
-    assert manifest["rng"] == [{"rank": 0, "sha256": rng_digest()}]
+    assert manifest["rng"] == [{"rank": 0, "sha256": rng_digest(torch.device("cpu"))}]
 
 
 def test_the_last_checkpoints_and_the_one_that_passed_are_kept(train, directory):
@@ -187,10 +190,10 @@ def test_a_failed_save_leaves_the_earlier_checkpoint_intact(train, directory, mo
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: torch.rand(1)])
 def test_the_rng_digest_sees_every_generator(draw):
-    before = rng_digest()
-    assert rng_digest() == before
+    before = rng_digest(torch.device("cpu"))
+    assert rng_digest(torch.device("cpu")) == before
     draw()
-    assert rng_digest() != before
+    assert rng_digest(torch.device("cpu")) != before
 
 
 def test_new_ranks_get_random_states_of_their_own():
@@ -213,3 +216,29 @@ def test_a_training_state_of_another_version_or_with_missing_losses_is_refused(t
     (tmp_path / "state.json").write_text(json.dumps({**values, "novelty": 1}))
     with pytest.raises(ValueError, match="novelty"):
         TrainingState.load(tmp_path)
+
+
+def test_a_newer_format_is_not_damage_and_nothing_is_trained_over_it(train, directory):
+    train()
+    path = directory / "step_0000015" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["self_sha256"]
+    manifest["format_version"] = 2
+    manifest["self_sha256"] = hashlib.sha256(canonical_json(manifest).encode()).hexdigest()
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(NewerFormat, match="update accel_train"):
+        train()
+    assert path.exists()
+    assert not list(directory.glob(".damaged-*"))
+
+
+@pytest.mark.parametrize("error", [SafetensorError("No space left"), RuntimeError("unexpected pos 576 vs 534")])
+def test_a_write_that_fails_leaves_no_torn_files_and_says_what_to_look_at(train, directory, monkeypatch, error):
+    def fail(accelerator, output_dir, **kwargs):
+        Path(output_dir).mkdir(parents=True)
+        raise error
+
+    monkeypatch.setattr("accelerate.Accelerator.save_state", fail)
+    with pytest.raises(CheckpointError, match=r"step 5 could not be written .* MB free"):
+        train()
+    assert list(directory.iterdir()) == []

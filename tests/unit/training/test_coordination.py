@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
 import pytest
+from ranks import finish, start_ranks
 
 from accel_train.training.coordination import Coordinator
 from accel_train.training.preemption import StopSignal
@@ -34,35 +35,8 @@ with stop.installed():
 """
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def start(body: str, world: int, **env: str) -> list[subprocess.Popen]:
-    code = PRELUDE + "\n".join("    " + line for line in body.strip().splitlines())
-    port = str(free_port())
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={**os.environ, "RANK": str(r), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": port, "OMP_NUM_THREADS": "1", **env},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in range(world)
-    ]  # fmt: skip
-
-
-def finish(processes: list[subprocess.Popen], timeout: float = 60) -> list[list[dict]]:
-    outputs = []
-    for process in processes:
-        out, err = process.communicate(timeout=timeout)
-        assert process.returncode == 0, err
-        outputs.append([json.loads(line) for line in out.splitlines()])
-    return outputs
+    return start_ranks(PRELUDE + textwrap.indent(textwrap.dedent(body), "    "), world, **env)
 
 
 def test_one_process_needs_no_agreement():
@@ -146,7 +120,7 @@ try:
         coordinator.announce_failure(error)
         report(left=True)
     else:
-        coordinator.barrier("checkpoint files")
+        coordinator.gather("checkpoint files", rank)
 except PeerFailed as error:
     report(text=str(error), kind=error.kind)
 time.sleep(1)
@@ -160,7 +134,7 @@ def test_a_missing_rank_is_named_when_the_wait_is_over():
     body = """
 try:
     if rank != 2:
-        coordinator.barrier("checkpoint files")
+        coordinator.gather("checkpoint files", rank)
     else:
         time.sleep(3)
 except LostPeer as error:

@@ -18,6 +18,7 @@ from accel_train.training.callbacks import Callback
 from accel_train.training.checkpoint import list_checkpoints
 from accel_train.training.diagnosis import NonFinite
 from accel_train.training.losses import next_token_cross_entropy
+from accel_train.training.runtime import build_accelerator
 from accel_train.training.schedule import cosine_with_warmup, warmup_steps
 from accel_train.training.trainer import Preempted, Trainer
 
@@ -390,3 +391,36 @@ def test_data_loading_workers_change_nothing(tiny_model, tiny_dataset):
     without = Trainer(alone, tiny_dataset(), TrainingConfig(max_epochs=2, batch_size=8)).fit()
     assert weights(alone) == weights(helped)
     assert with_workers.fingerprint == without.fingerprint
+
+
+def test_an_overflowing_gradient_is_named_by_its_own_step_on_the_path_of_a_gpu(tiny_model, tiny_dataset):
+    """The loss stays finite: only the norm tells, and only at the log boundary."""
+    config = TrainingConfig(max_epochs=2, batch_size=8, log_interval=5)
+    model = tiny_model()
+    counter = Recorder()
+    trainer = Trainer(model, tiny_dataset(), config, callbacks=[counter])
+    trainer._freezes_on_device = True
+    trainer._optimizer.optimizer.found_inf = trainer._frozen
+    seen = []
+
+    def overflow(gradient):
+        seen.append(1)
+        return gradient * math.inf if len(seen) == 7 else gradient
+
+    model.out.weight.register_hook(overflow)
+    with pytest.raises(NonFinite) as stopped:
+        trainer.fit()
+    assert stopped.value.step == 7
+    assert len(trainer.state.train_loss) == trainer.state.step == 6
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**40])
+def test_every_seed_that_the_configuration_takes_trains(tiny_model, tiny_dataset, seed):
+    config = TrainingConfig(max_epochs=1, batch_size=8)
+    assert Trainer(tiny_model(), tiny_dataset(), config, seed=seed).fit().step == 5
+
+
+def test_an_accelerator_that_accumulates_otherwise_is_refused(tiny_model, tiny_dataset):
+    accelerator = build_accelerator(TrainingConfig(batch_size=8, gradient_accumulation_steps=2))
+    with pytest.raises(ConfigError, match="does not agree with the Accelerator's 2"):
+        Trainer(tiny_model(), tiny_dataset(), TrainingConfig(batch_size=8), accelerator=accelerator)
