@@ -1,0 +1,48 @@
+"""The ready-made runs: their corpora obey every rule, and the quick one passes its gate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+from harness import ROOT, record, run, run_dir
+
+from accel_train.cli import parse_config
+from accel_train.record import load_schema, load_sufficient_runs
+from accel_train.tasks.walks import WalksTask
+from accel_train.walks.compliance import score
+
+EXAMPLES = sorted((ROOT / "examples").glob("walks_*.yaml"))
+
+
+def silent(_phase: str, _what: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_the_whole_corpus_obeys_every_rule(tmp_path: Path, example: Path) -> None:
+    config, _ = parse_config(["--config", str(example)])
+    task = WalksTask(config)
+    task.check()
+    artifacts = Path(task.build(tmp_path, silent, lambda: False))
+    walks = np.load(artifacts / "train.npy", mmap_mode="r")
+    assert walks.shape == (config.walks.num_walks, config.walks.walk_length)
+    found = score(walks, task.graph, task.rules)
+    assert found.edge_checks == walks.shape[0] * (walks.shape[1] - 1)
+    assert found.edge_compliance == 1.0
+    assert found.rule_compliance == 1.0
+    assert (found.checks_per_rule > 0).all(), "a rule that no walk meets cannot be learned"
+
+
+def test_the_quick_run_passes_its_gate_and_says_so(tmp_path: Path) -> None:
+    output = run(ROOT / "examples" / "walks_quick.yaml", 1, "--output_dir", str(tmp_path), OMP_NUM_THREADS="2")
+    found = record(tmp_path)
+    jsonschema.validate(found, load_schema())
+    assert found["status"] == "completed"
+    assert found["gate"]["passed"], found["gate"]["failure_reason"]
+    assert "gate passed" in output
+    assert found["metrics"]["scalars"]["final_edge_compliance"] > 0.95
+    assert found["metrics"]["scalars"]["final_rule_compliance"] > 0.80
+    assert [kept["experiment_id"] for kept in load_sufficient_runs(tmp_path)] == [run_dir(tmp_path).name]
