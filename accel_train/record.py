@@ -272,12 +272,13 @@ class RunSummary:
     """ISO 8601, UTC."""
 
 
-def list_runs(results: Path) -> list[RunSummary]:
+def list_runs(results: str | Path) -> list[RunSummary]:
     """All runs under ``results``, oldest first; archived ones and shared corpora are left out.
 
     Raises:
         RecordError: ``results`` is not a directory.
     """
+    results = Path(results)
     if not results.is_dir():
         raise RecordError(results, "is not a directory")
     directories = [path for path in sorted(results.iterdir()) if _is_run(path)]
@@ -305,7 +306,7 @@ def list_runs(results: Path) -> list[RunSummary]:
     return sorted(runs, key=lambda run: (run.created_at or "", run.id))
 
 
-def load_sufficient_runs(results: Path) -> list[dict[str, Any]]:
+def load_sufficient_runs(results: str | Path) -> list[dict[str, Any]]:
     """The records of the runs under ``results`` that are completed and passed their gate, oldest first.
 
     A record that cannot be read is left out with a warning in the log.
@@ -314,7 +315,7 @@ def load_sufficient_runs(results: Path) -> list[dict[str, Any]]:
         RecordError: ``results`` is not a directory.
     """
     passed = [run.id for run in list_runs(results) if run.status == "completed" and run.gate_passed]
-    return [read_record(results / name) for name in passed]
+    return [read_record(Path(results) / name) for name in passed]
 
 
 def run_status(run_dir: Path) -> str:

@@ -12,6 +12,7 @@ forward hook is a break in the graph of a compiled model, so it costs some of it
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -22,16 +23,16 @@ from accel_train.config import ConfigError, HooksConfig
 from accel_train.model.transformer import Block
 
 
-class ForwardHook:
+class ForwardHook(ABC):
     """Base of forward hooks: override :meth:`observe`, and the others where needed."""
 
     def selects(self, name: str, module: nn.Module) -> bool:
         """Whether to observe this module (``name`` as in ``named_modules``); default: every transformer block."""
         return isinstance(module, Block)
 
+    @abstractmethod
     def observe(self, name: str, output: Any) -> None:
         """See the output of module ``name`` in a training forward pass, without gradient; never change it."""
-        raise NotImplementedError
 
     def scalars(self) -> dict[str, float]:
         """Figures for the log; called at log boundaries only, so reading tensors here is fine."""

@@ -286,7 +286,7 @@ def test_sufficient_runs_are_completed_and_passed(tmp_path):
     store(tmp_path, "unfinished", passed_record() | {"status": "preempted"})
     store(tmp_path, "broken", passed_record() | {"status": "failed", "reason": "x"})
 
-    assert [record["experiment_id"] for record in load_sufficient_runs(tmp_path)] == [experiment_id(CONFIG)]
+    assert [record["experiment_id"] for record in load_sufficient_runs(str(tmp_path))] == [experiment_id(CONFIG)]
     assert load_sufficient_runs(tmp_path)[0] == read_record(tmp_path / "good")
 
 
