@@ -76,6 +76,10 @@ def _guarded(action: Callable[[], int]) -> int:
         return action()
     except (ConfigError, RecordError) as error:
         return _complain(str(error), EXIT_USAGE)
+    except BrokenPipeError:
+        # The reader of our output is gone; Python would complain about it once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
 
 
 def _complain(message: str, code: int) -> int:
@@ -300,10 +304,9 @@ def _commands() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
 
 
 def _dispatch(arguments: argparse.Namespace) -> int:
@@ -316,7 +319,9 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         else:
             for sequence in experiment.generate_samples(arguments.run, arguments.num):
                 print(*sequence)
-    except experiment.CheckpointError as error:
+    except BrokenPipeError:
+        raise
+    except (experiment.CheckpointError, experiment.CorpusError, OSError) as error:
         return _complain(str(error), EXIT_FAILED)
     return 0
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
+
+SHARED_CORPORA = "corpora"
+"""Directory under ``output_dir`` that all runs share."""
 
 
 class ConfigError(ValueError):
@@ -50,6 +54,16 @@ def _check(ok: bool, name: str, value: object, rule: str) -> None:
 
 def _is_fraction(value: float) -> bool:
     return 0.0 <= value <= 1.0
+
+
+def _check_finite(section: Any, prefix: str = "") -> None:
+    for f in fields(section):
+        value = getattr(section, f.name)
+        if is_dataclass(value):
+            _check_finite(value, f"{prefix}{f.name}.")
+        for number in value if isinstance(value, tuple) else (value,):
+            finite = not isinstance(number, float) or math.isfinite(number)
+            _check(finite, f"{prefix}{f.name}", value, "must be a finite number")
 
 
 @dataclass(frozen=True)
@@ -386,11 +400,19 @@ class ExperimentConfig:
     """Trackers."""
 
     def __post_init__(self) -> None:
+        _check_finite(self)
         _check(0 <= self.seed < 2**63, "seed", self.seed, "must lie in [0, 2**63)")
+        _check(bool(self.output_dir.strip()), "output_dir", self.output_dir, "must name a directory")
         if self.name is not None:
-            plain = re.fullmatch(r"[^/\x00]+", self.name) is not None and self.name not in {".", ".."}
-            _check(plain, "name", self.name, "must be a plain directory name without '/'")
-            _check(self.name != "corpora", "name", self.name, "is taken by the shared corpora; choose another")
+            plain = re.fullmatch(r"[^/\x00-\x1f]{1,200}", self.name) is not None and self.name.strip() == self.name
+            plain = plain and not self.name.startswith(".") and ".archived-" not in self.name
+            _check(
+                plain,
+                "name",
+                self.name,
+                "must be a plain directory name: at most 200 characters, no '/', no leading dot, no '.archived-'",
+            )
+            _check(self.name != SHARED_CORPORA, "name", self.name, "is taken by the shared corpora; choose another")
         if self.task == "walks":
             self._check_walks()
         else:
@@ -539,6 +561,9 @@ def check_output_dir(config: ExperimentConfig) -> None:
     while not existing.exists():
         existing = existing.parent
     _check(existing.is_dir(), "output_dir", config.output_dir, f"is not a directory: {existing} is a file")
+    shared = path / SHARED_CORPORA
+    clear = shared.is_dir() or not shared.exists()
+    _check(clear, "output_dir", config.output_dir, f"holds a file named {SHARED_CORPORA}; move it or choose another")
     writable = os.access(existing, os.W_OK | os.X_OK) and not _read_only(existing)
     _check(writable, "output_dir", config.output_dir, f"is not writable ({existing}); choose another")
 

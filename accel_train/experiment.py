@@ -21,7 +21,14 @@ from accelerate import Accelerator
 from safetensors.torch import load_model as load_weights
 from torch import distributed as dist
 
-from accel_train.config import ConfigError, ExperimentConfig, check_output_dir, run_directory, to_dict
+from accel_train.config import (
+    SHARED_CORPORA,
+    ConfigError,
+    ExperimentConfig,
+    check_output_dir,
+    run_directory,
+    to_dict,
+)
 from accel_train.interrupt import Interrupted
 from accel_train.lock import RunLocked
 from accel_train.model.transformer import TransformerLM
@@ -44,7 +51,6 @@ log = logging.getLogger(__name__)
 
 EXIT_COMPLETED, EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 0, 1, 2, 75
 WEIGHTS = "model.safetensors"
-SHARED_CORPORA = "corpora"
 _CODE_OF_PEER = {"ConfigError": EXIT_USAGE, "RecordError": EXIT_USAGE, "RunLocked": EXIT_PREEMPTED}
 
 

@@ -116,6 +116,7 @@ def new_record(
             "evidence": {},
             "preflight": None,
             "failure_reason": None,
+            "first_passed_epoch": None,
         },
         "provenance": provenance,
         "timing": {"seconds": {}, "tokens_per_second": None},

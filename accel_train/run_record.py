@@ -164,6 +164,7 @@ class RecordKeeper(Callback):
             criteria=last.get("criteria", []),
             evidence=last.get("evidence", {}),
             failure_reason=last.get("failure_reason"),
+            first_passed_epoch=next((e["epoch"] for e in evaluations if e.get("passed")), None),
         )
         provenance = record["provenance"]
         provenance["world_sizes"] = list(state.world_sizes)

@@ -152,7 +152,10 @@ def read_config(path: Path) -> ExperimentConfig:
         raise ConfigError(str(path), "config.yaml", f"cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(str(path), "config.yaml", "does not hold a configuration")
-    return from_dict(values)
+    try:
+        return from_dict(values)
+    except TypeError as error:
+        raise ConfigError(str(path), "config.yaml", f"holds a value of a wrong type: {error}") from error
 
 
 class RunLog:

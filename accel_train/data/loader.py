@@ -35,7 +35,14 @@ class DatasetWithIds(Dataset[Any]):
     def __getitems__(self, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], Any]:
         """``ids`` (batch,) int64 and the batch of those samples."""
         batch = [self._dataset[int(i)] for i in ids] if self._gather is None else self._gather(ids)
-        return ids, default_collate(batch) if isinstance(batch, list) else batch
+        return ids, default_collate([_as_tensors(item) for item in batch]) if isinstance(batch, list) else batch
+
+
+def _as_tensors(item: Any) -> Any:
+    """Lists of numbers in a dictionary, as Hugging Face datasets return them, become tensors."""
+    if not isinstance(item, dict):
+        return item
+    return {name: torch.tensor(value) if isinstance(value, list) else value for name, value in item.items()}
 
 
 def seed_worker(_worker_id: int) -> None:

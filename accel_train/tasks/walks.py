@@ -115,13 +115,16 @@ class WalksTask:
                 f"leaves no jump inside the context (model.max_seq_len = {context}), so the gate could "
                 "never be passed; shorten the jumps or lengthen the context",
             )
-        most = gate.num_sequences * (context + 1 - min(rule.jump_length for rule in self.scored_rules))
+        jumps = {rule.jump_length for rule in self.scored_rules}
+        deadlines = range(gate.prompt_length, context + 1)
+        # At one place of a sequence stands one vertex, so of each length one visit can come due there.
+        most = gate.num_sequences * sum(jump <= deadline for jump in jumps for deadline in deadlines)
         if gate.min_rule_checks > most:
             raise ConfigError(
                 "gate.min_rule_checks",
                 gate.min_rule_checks,
-                f"can never be met: {gate.num_sequences} sequences of {context + 1} tokens hold at most {most} "
-                "rule checks; lower it or raise gate.num_sequences",
+                f"can never be met: {gate.num_sequences} sequences of {context + 1} tokens, {gate.prompt_length} of "
+                f"them prompt, hold at most {most} rule checks; lower it or raise gate.num_sequences",
             )
 
     # -- data ------------------------------------------------------------------------------
@@ -228,11 +231,12 @@ class WalksTask:
                 )
         blind = self._blind_compliance()
         excluded = [asdict(rule) for rule in self.rules if rule not in self.scored_rules]
+        enough = ceiling.rule_checks >= gate.min_rule_checks
         warnings = []
         if excluded:
             named = ", ".join(f"{r['vertex']} (jump {r['jump_length']})" for r in excluded)
             warnings.append(f"rules of vertices {named} jump beyond the context and are left out of the score")
-        if ceiling.rule_checks < gate.min_rule_checks:
+        if not enough:
             warnings.append(
                 f"about {ceiling.rule_checks} rule checks are expected, fewer than gate.min_rule_checks = "
                 f"{gate.min_rule_checks}: the gate would fail as thin evidence; raise gate.num_sequences"
@@ -253,7 +257,8 @@ class WalksTask:
             f"checks a walk that knows no rule passes {_percent(blind.rule_compliance)}",
         )
         asked = " and ".join(f"{c.metric} {c.op} {c.threshold:g}" for c in self.criteria)
-        say("preflight", f"the gate asks {asked}: it can be reached")
+        reach = "it can be reached" if enough else "it can be met, but the evidence will be thin"
+        say("preflight", f"the gate asks {asked}: {reach}")
         for warning in warnings:
             say("warning", warning)
         return {

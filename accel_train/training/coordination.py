@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -183,10 +183,9 @@ class Coordinator:
             except LostPeer:
                 log.warning("the other ranks could not be told of the failure: rank 0 is gone")
 
-    def _raise_announced(self, name: str) -> None:
-        if self._store.has("failure"):
-            notice = json.loads(self._store.get("failure"))
-            raise PeerFailed(notice["rank"], name, notice["error"], notice["kind"])
+    def _raise_announced(self, name: str) -> NoReturn:
+        notice = json.loads(self._store.get("failure"))
+        raise PeerFailed(notice["rank"], name, notice["error"], notice["kind"])
 
     def gather(self, name: str, value: Any) -> list[Any]:
         """Every rank's ``value`` (JSON-serialisable) in rank order, on every rank; also a barrier."""
@@ -196,7 +195,12 @@ class Coordinator:
         key = f"gather{self._sequence}"
         self._store.set(f"{key}/{self.rank}", json.dumps(value))
         self._await_ranks(key, name)
-        return [json.loads(self._store.get(f"{key}/{rank}")) for rank in range(self.world_size)]
+        values = [json.loads(self._store.get(f"{key}/{rank}")) for rank in range(self.world_size)]
+        self._store.set(f"{key}/read/{self.rank}", "")
+        if self.is_main:
+            # The store lives in this process, which may be about to leave: not before all have read.
+            self._await_ranks(f"{key}/read", name)
+        return values
 
     def _lead(self, key: str, name: str, work: Callable[[Callable[[], bool]], T]) -> T:
         try:
@@ -225,7 +229,8 @@ class Coordinator:
                 newest = self._store.get(f"{key}/beat")
                 if newest != beat:
                     beat, seen_at = newest, time.monotonic()
-            self._raise_announced(name)
+            if self._store.has("failure") and not self._store.has(f"{key}/outcome"):
+                self._raise_announced(name)
             if time.monotonic() - seen_at > self.timeout:
                 raise LostPeer(f"rank 0 has been silent for {self.timeout:g} s in '{name}'")
             time.sleep(_POLL_SECONDS)
@@ -275,15 +280,18 @@ class Coordinator:
     def _await_ranks(self, key: str, name: str) -> None:
         """Poll until every rank has posted ``key/rank``; the timeout names those that did not."""
         deadline = time.monotonic() + self.timeout
-        missing = [rank for rank in range(self.world_size) if rank != self.rank]
-        while missing:
-            missing = [rank for rank in missing if not self._store.has(f"{key}/{rank}")]
-            if missing:
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        while True:
+            # Looked for first: a rank may have come here, gone on, and failed afterwards.
+            failed = self._store.has("failure")
+            missing = [rank for rank in others if not self._store.has(f"{key}/{rank}")]
+            if not missing:
+                return
+            if failed:
                 self._raise_announced(name)
-            if missing and time.monotonic() > deadline:
+            if time.monotonic() > deadline:
                 raise LostPeer(f"rank {missing} did not arrive at '{name}' within {self.timeout:g} s")
-            if missing:
-                time.sleep(_POLL_SECONDS / 5)
+            time.sleep(_POLL_SECONDS / 5)
 
 
 def _first_line(error: BaseException) -> str:

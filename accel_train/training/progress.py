@@ -7,8 +7,10 @@ so that a log file stays readable. Only the main process makes one of these.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -25,8 +27,12 @@ _SUMMARY_FIGURES = {
 
 def say(phase: str, what: str) -> None:
     """One line of progress: the phase, then what happened."""
-    tqdm.write(f"{phase:<10} {what}", file=sys.stdout)
-    sys.stdout.flush()
+    try:
+        tqdm.write(f"{phase:<10} {what}", file=sys.stdout)
+        sys.stdout.flush()
+    except OSError:
+        # The reader is gone (`| head`, a closed terminal): that is no reason to stop training.
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
 
 
 def be_silent(_phase: str, _what: str) -> None:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
@@ -120,6 +123,19 @@ def machine(accelerator: Accelerator) -> dict[str, Any]:
         "torch": torch.__version__,
         "num_processes": accelerator.num_processes,
     }
+
+
+@contextmanager
+def preserved_random_state(device: torch.device) -> Iterator[None]:
+    """Leave the global random states (Python, NumPy, torch, this process's GPU) as the block found them."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state is meant
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
 
 
 def warm_up_buckets(model: nn.Module, backward: Callable[[], None]) -> None:

@@ -10,9 +10,9 @@ from accel_train.config import TrainingConfig
 def cosine_with_warmup(step: int, warmup_steps: int, total_steps: int, min_lr_ratio: float = 0.1) -> float:
     """The factor on the peak learning rate for step ``step`` (counted from 0).
 
-    Linear warm-up ``(step + 1) / warmup_steps``, so that the first step already learns and the
-    last step of the warm-up is at the peak; then half a cosine (Loshchilov and Hutter 2017)
-    that is at ``min_lr_ratio`` in the last step, ``total_steps - 1``, and stays there after it.
+    Linear warm-up ``(step + 1) / warmup_steps``, so that the first step already learns; half a
+    cosine (Loshchilov and Hutter 2017) from the peak at ``warmup_steps`` down to ``min_lr_ratio``
+    in the last step, ``total_steps - 1``, where it stays.
 
     Args:
         step: number of steps already taken.
@@ -25,9 +25,7 @@ def cosine_with_warmup(step: int, warmup_steps: int, total_steps: int, min_lr_ra
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    # The peak is the warm-up's last step, or step 0 when there is none.
-    peak = max(warmup_steps - 1, 0)
-    progress = min((step - peak) / max(total_steps - 1 - peak, 1), 1.0)
+    progress = min((step - warmup_steps) / max(total_steps - 1 - warmup_steps, 1), 1.0)
     return min_lr_ratio + (1.0 - min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 

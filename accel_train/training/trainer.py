@@ -36,7 +36,14 @@ from accel_train.training.losses import next_token_cross_entropy
 from accel_train.training.optimizer import build_optimizer
 from accel_train.training.plan import Plan
 from accel_train.training.preemption import StopSignal
-from accel_train.training.runtime import arithmetic, build_accelerator, check_accelerator, machine, warm_up_buckets
+from accel_train.training.runtime import (
+    arithmetic,
+    build_accelerator,
+    check_accelerator,
+    machine,
+    preserved_random_state,
+    warm_up_buckets,
+)
 from accel_train.training.state import TrainingState
 from accel_train.training.stopwatch import Stopwatch
 
@@ -46,7 +53,7 @@ LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 Evaluator = Callable[[nn.Module, LoopState, Callable[[], bool]], dict[str, Any]]
 """``evaluator(model, loop_state, should_stop)``: called on the main process with the unwrapped
 model; returns JSON values. ``"passed": True`` marks the checkpoint to keep, ``"stop": True`` ends
-training. It draws random numbers from generators of its own."""
+training. The training's random states are put back after it."""
 
 _LOST_PEER_SIGNS = (
     "connection closed",
@@ -206,8 +213,8 @@ class Trainer:
                 self._train()
                 for callback in self._callbacks:
                     callback.on_train_end(self.loop_state)
-            except (Preempted, LostPeer, PeerFailed):
-                raise
+            except (Preempted, NonFinite, LostPeer, PeerFailed):
+                raise  # outcomes that all ranks share, or know of
             except Exception as error:
                 if self.plan.world_size > 1 and _is_lost_peer(error):
                     raise LostPeer(f"another rank is gone: {str(error).strip().splitlines()[0]}") from error
@@ -388,11 +395,18 @@ class Trainer:
     def _run_evaluator(self) -> dict[str, Any]:
         assert self._evaluate_fn is not None
         evaluate, model = self._evaluate_fn, self.unwrapped_model
+
+        def judge(should_stop: Callable[[], bool]) -> dict[str, Any]:
+            # On the main process alone: what it drew here would set its dropout apart from an undisturbed run's.
+            with preserved_random_state(self.accelerator.device):
+                verdict = evaluate(model, self.loop_state, should_stop)
+            if not isinstance(verdict, dict):
+                raise TypeError(f"evaluate() must return a dictionary of JSON values, not {type(verdict).__name__}")
+            return verdict
+
         with self.clock.timed("evaluation"):
             try:
-                verdict = self._coordinator.main_phase(
-                    "evaluation", lambda should_stop: evaluate(model, self.loop_state, should_stop)
-                )
+                verdict = self._coordinator.main_phase("evaluation", judge)
             except Interrupted:
                 self._preempt()
         self.model.train()

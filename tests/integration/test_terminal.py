@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from harness import TINY, Shown, command, in_terminal, run, write_config
+from harness import TINY, Shown, command, in_terminal, launch, record, run, write_config
 
 SHORT: dict[str, Any] = {"training": {"max_epochs": 2}, "checkpoint": {"every_steps": None}}
 HEADINGS = ("run", "graph", "corpus", "preflight", "model", "training", "epoch", "completed", "record")
@@ -69,3 +69,12 @@ def test_a_pipe_gets_plain_lines_one_per_log_interval(tmp_path: Path) -> None:
         step = f"epoch {1 + (4 * number - 1) // 20}/2  step {4 * number:>2}/40"
         figures = r"loss \d\.\d{4}  lr \d\.\d\de-0\d  grad norm \d+\.\d{3}  [\d,]+ tokens/s"
         assert re.fullmatch(rf"{step}  {figures}", line), line
+
+
+def test_a_reader_that_leaves_does_not_stop_the_run(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.yaml", TINY, {"output_dir": str(tmp_path / "results")})
+    process = launch(config, 0)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert record(tmp_path / "results")["status"] == "completed"

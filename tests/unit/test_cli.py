@@ -43,6 +43,7 @@ def experiment(monkeypatch):
     module = types.ModuleType("accel_train.experiment")
     module.calls = []
     module.CheckpointError = CheckpointError
+    module.CorpusError = type("CorpusError", (Exception,), {})
 
     def run(config, *, fresh, command):
         module.calls.append((config, fresh, command))

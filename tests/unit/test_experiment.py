@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
@@ -168,3 +169,37 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(t
     with pytest.raises(ConfigError, match=r"tracking\.log_with: 'wandb' is not installed"):
         run(config)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("learning_rate", math.inf),
+        ("timeout_seconds", math.inf),
+        ("betas", (0.9, math.nan)),
+        ("weight_decay", math.inf),
+    ],
+)
+def test_a_number_that_is_not_finite_is_refused(field, value):
+    with pytest.raises(ConfigError, match=rf"training\.{field}"):
+        dataclasses.replace(TINY, training=dataclasses.replace(TINY.training, **{field: value}))
+
+
+@pytest.mark.parametrize("name", ["a/b", ".lock", " ", "x.archived-1", "a\nb", "n" * 201, "corpora"])
+def test_a_name_that_is_no_plain_directory_is_refused(name):
+    with pytest.raises(ConfigError, match="name: "):
+        dataclasses.replace(TINY, name=name)
+
+
+def test_a_pass_before_the_last_epoch_stays_in_the_record(tmp_path, monkeypatch):
+    """Training goes on after it, and the last verdict is another."""
+    evaluate = WalksTask.evaluate
+    verdicts = iter([True, False])
+
+    def alternating(task, model, should_stop):
+        return dataclasses.replace(evaluate(task, model, should_stop), passed=next(verdicts), failure_reason=None)
+
+    monkeypatch.setattr(WalksTask, "evaluate", alternating)
+    _, record = finished(tmp_path)
+    assert not record["gate"]["passed"]
+    assert record["gate"]["first_passed_epoch"] == 1

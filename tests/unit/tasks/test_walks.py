@@ -79,7 +79,7 @@ def test_the_corpora_obey_every_rule_and_are_independent(tmp_path):
         found = score(np.asarray(walks), task.graph, task.rules)
         assert found.edge_compliance == found.rule_compliance == 1.0
         assert found.rule_checks > 100
-    train = {tuple(row[:17]) for row in np.asarray(task._walks)}
+    train = {tuple(chunk) for row in np.asarray(task._walks) for chunk in (row[:17], row[17:])}
     assert not train & {tuple(row) for row in np.asarray(task._held_out)}
 
 
@@ -130,7 +130,10 @@ def test_rules_beyond_the_context_are_named_and_left_out(tmp_path):
 
 def test_thin_evidence_is_expected_aloud(tmp_path):
     task, _ = opened(tmp_path, gate={"num_sequences": 10})
-    assert "thin evidence" in task.preflight(silent)["warnings"][0]
+    said = []
+    found = task.preflight(lambda phase, what: said.append(what))
+    assert "thin evidence" in found["warnings"][0]
+    assert not any("it can be reached" in line for line in said)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +144,7 @@ def test_thin_evidence_is_expected_aloud(tmp_path):
         ({"gate": {"sampled_rule_threshold": 1.0}}, r"gate\.sampled_rule_threshold: 1\.0 can never"),
         ({"gate": {"rule_lift_threshold": 1.0}}, r"gate\.rule_lift_threshold: 1\.0 can never"),
         ({"gate": {"min_rule_checks": 10**6}}, r"gate\.min_rule_checks: 1000000 can never be met"),
+        ({"gate": {"prompt_length": 16, "num_sequences": 40, "min_rule_checks": 300}}, r"hold at most 120 rule checks"),
         ({"graph": {"p_in": 0.001, "p_out": 0.001}}, r"graph\.p_in: .*raise graph\.p_in or graph\.p_out"),
     ],
 )

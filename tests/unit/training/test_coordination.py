@@ -36,7 +36,8 @@ with stop.installed():
 
 
 def start(body: str, world: int, **env: str) -> list[subprocess.Popen]:
-    return start_ranks(PRELUDE + textwrap.indent(textwrap.dedent(body), "    "), world, **env)
+    code = PRELUDE + textwrap.indent(textwrap.dedent(body), "    ")
+    return start_ranks(f"{code}\ndist.destroy_process_group()\n", world, **env)
 
 
 def test_one_process_needs_no_agreement():

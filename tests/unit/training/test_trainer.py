@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import signal
 
 import numpy as np
@@ -277,13 +278,15 @@ def test_an_evaluation_leaves_the_training_rng_as_it_was(tiny_model, tiny_datase
     with_evaluation, without = tiny_model(dropout=0.5), tiny_model(dropout=0.5)
 
     def evaluate(model, state, should_stop):
-        model.eval()
-        generator = torch.Generator().manual_seed(1)
-        torch.multinomial(torch.ones(5), 3, generator=generator)
+        drawn.append((torch.rand(1), np.random.rand(), random.random()))
+        model(torch.zeros(2, 3, dtype=torch.int64))  # with dropout: it is still in training mode
         return {}
+
+    drawn = []
 
     Trainer(with_evaluation, tiny_dataset(), config, evaluate=evaluate).fit()
     Trainer(without, tiny_dataset(), config).fit()
+    assert len(drawn) == 2
     assert weights(with_evaluation) == weights(without)
 
 
@@ -342,9 +345,6 @@ def test_the_skip_on_the_device_freezes_the_weights_at_the_first_bad_step(tiny_m
 
     class Bad(type(tiny_dataset())):
         bad = False
-
-        def __getitem__(self, i):
-            return super().__getitem__(i)
 
     dataset = Bad()
 
@@ -424,3 +424,16 @@ def test_an_accelerator_that_accumulates_otherwise_is_refused(tiny_model, tiny_d
     accelerator = build_accelerator(TrainingConfig(batch_size=8, gradient_accumulation_steps=2))
     with pytest.raises(ConfigError, match="does not agree with the Accelerator's 2"):
         Trainer(tiny_model(), tiny_dataset(), TrainingConfig(batch_size=8), accelerator=accelerator)
+
+
+def test_dictionaries_of_lists_train_as_tensors_do(tiny_model, tiny_dataset):
+    tokens = tiny_dataset().tokens
+    lists = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in tokens]
+    tensors = [{"input_ids": row, "labels": row} for row in tokens]
+    results = [Trainer(tiny_model(), data, SMALL).fit().train_loss for data in (lists, tensors)]
+    assert results[0] == results[1]
+
+
+def test_an_evaluator_that_returns_nothing_is_named(tiny_model, tiny_dataset):
+    with pytest.raises(TypeError, match=r"evaluate\(\) must return a dictionary"):
+        Trainer(tiny_model(), tiny_dataset(), SMALL, evaluate=lambda model, state, should_stop: None).fit()

@@ -20,6 +20,7 @@ model = torch.nn.Sequential(torch.nn.Embedding(11, 8), torch.nn.Linear(8, 11))
 def report(**values):
     print(json.dumps(values), flush=True)
 """
+END = "trainer.accelerator.end_training()\n"
 CPU = {"ACCELERATE_USE_CPU": "true"}
 
 
@@ -32,7 +33,7 @@ trainer = Trainer(model, dataset, TrainingConfig(max_epochs=9, batch_size=8), ev
 state = trainer.fit()
 report(step=state.step, stopped=state.stopped, evaluations=[e["passed"] for e in state.evaluations])
 """
-    outputs = finish(start_ranks(PRELUDE + body, 2, **CPU))
+    outputs = finish(start_ranks(PRELUDE + body + END, 2, **CPU))
     assert outputs == [[{"step": 10, "stopped": True, "evaluations": [False, True]}]] * 2
 
 
@@ -50,7 +51,7 @@ except NonFinite as error:
     finite = all(bool(p.isfinite().all()) for p in model.parameters())
     report(step=error.step, losses=len(trainer.state.train_loss), where=error.where, finite=finite)
 """
-    first, second = finish(start_ranks(PRELUDE + body, 2, **CPU))
+    first, second = finish(start_ranks(PRELUDE + body + END, 2, **CPU))
     assert first == second
     assert (first[0]["step"], first[0]["losses"]) == (7, 6)
     assert first[0]["finite"]
