@@ -28,7 +28,8 @@ from typing import Any, Literal, NoReturn
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from accel_train.config import ConfigError, ExperimentConfig
+from accel_train.config import ConfigError, EarlierRun, ExperimentConfig
+from accel_train.observer import SILENT, Observer
 from accel_train.record import (
     STATUS_CODES,
     RecordError,
@@ -53,19 +54,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _guarded(lambda: _dispatch(_commands().parse_args(arguments)))
 
 
-def train_main(argv: Sequence[str] | None = None, *, command: Sequence[str] | None = None) -> int:
+def train_main(
+    argv: Sequence[str] | None = None, *, command: Sequence[str] | None = None, observer: Observer = SILENT
+) -> int:
     """``accel-train train``, which ``scripts/train.py`` calls as well.
 
     Args:
         argv: options; by default those of this process.
         command: the whole command line, for the record.
+        observer: hears of every point at which a fault may fall.
     """
     options = list(sys.argv[1:] if argv is None else argv)
 
     def run() -> int:
-        config, fresh = parse_config(options)
+        config, earlier = parse_config(options)
         experiment = importlib.import_module("accel_train.experiment")
-        code: int = experiment.run(config, fresh=fresh, command=list(command or [sys.argv[0], *options]))
+        whole = list(command or [sys.argv[0], *options])
+        code: int = experiment.run(config, earlier=earlier, command=whole, observer=observer)
         return code
 
     return _guarded(run)
@@ -95,8 +100,8 @@ def _complain(message: str, code: int) -> int:
 # -- train ---------------------------------------------------------------------------------
 
 
-def parse_config(argv: Sequence[str]) -> tuple[ExperimentConfig, bool]:
-    """The configuration that the options of ``train`` ask for, and whether ``--fresh`` was among them.
+def parse_config(argv: Sequence[str]) -> tuple[ExperimentConfig, EarlierRun]:
+    """What the options of ``train`` ask for: the configuration, and what becomes of an earlier run.
 
     Raises:
         ConfigError: names the field (and the file, where the value stands in one), the value and the rule.
@@ -110,9 +115,9 @@ def parse_config(argv: Sequence[str]) -> tuple[ExperimentConfig, bool]:
             if is_dataclass(kind) and not isinstance(parsed[name], Namespace):
                 raise ConfigError(name, parsed[name], f"must be {_expected(kind)}")
         values = parser.instantiate(parsed).as_dict()
-        fresh = bool(values.pop("fresh", False))
+        earlier = EarlierRun(**{name: values.pop(name) for name in ("fresh", "on_damage") if name in values})
         values.pop("config", None)
-        return ExperimentConfig(**values), fresh
+        return ExperimentConfig(**values), earlier
     except ArgumentError as error:
         raise _located(_translate(str(error)), argv, files) from None
     except ConfigError as error:
@@ -122,7 +127,8 @@ def parse_config(argv: Sequence[str]) -> tuple[ExperimentConfig, bool]:
 def _train_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="accel-train train",
-        usage="accel-train train [--config FILE] [--SECTION.FIELD VALUE ...] [--fresh] [--print_config]",
+        usage="accel-train train [--config FILE] [--SECTION.FIELD VALUE ...] [--fresh] [--on_damage restart] "
+        "[--print_config]",
         description="Train, or resume: the same command run again continues. Options win over the file.",
         exit_on_error=False,
         allow_abbrev=False,
@@ -133,6 +139,12 @@ def _train_parser() -> ArgumentParser:
         action="store_true",
         default=argparse.SUPPRESS,
         help="archive an earlier run of this name and start over",
+    )
+    parser.add_argument(
+        "--on_damage",
+        choices=["refuse", "restart"],
+        default=argparse.SUPPRESS,
+        help="when every checkpoint is damaged: refuse to go on (the default), or set them aside and start over",
     )
     parser.add_class_arguments(ExperimentConfig)
     return parser
@@ -294,6 +306,11 @@ def _commands() -> argparse.ArgumentParser:
     )
     runs.add_argument("--json", action="store_true", help="print JSON")
 
+    checkpoints = commands.add_parser("checkpoints", help="list the checkpoints of a run and whether they are sound")
+    checkpoints.add_argument("run", type=Path, help="run directory")
+    checkpoints.add_argument("--verify", action="store_true", help="read every byte and compare digests")
+    checkpoints.add_argument("--json", action="store_true", help="print JSON")
+
     evaluate = commands.add_parser("evaluate", help="judge the newest checkpoint of a run by its gate; prints JSON")
     evaluate.add_argument("run", type=Path, help="run directory")
 
@@ -312,6 +329,8 @@ def _positive(text: str) -> int:
 def _dispatch(arguments: argparse.Namespace) -> int:
     if arguments.command == "runs":
         return _runs(arguments)
+    if arguments.command == "checkpoints":
+        return _checkpoints(arguments)
     experiment = importlib.import_module("accel_train.experiment")
     try:
         if arguments.command == "evaluate":
@@ -341,6 +360,27 @@ def _runs(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _checkpoints(arguments: argparse.Namespace) -> int:
+    """Exit code 0 when every committed checkpoint is sound as far as was looked, else 1."""
+    if not arguments.run.is_dir():
+        raise ConfigError("RUN", str(arguments.run), "is not a directory; name the directory of a run")
+    manifest = importlib.import_module("accel_train.training.manifest")
+    found = manifest.survey(arguments.run / "checkpoints", full=arguments.verify)
+    if arguments.json:
+        print(json.dumps([asdict(checkpoint) for checkpoint in found], indent=1))
+    elif not found:
+        print(f"{arguments.run} has no checkpoint yet")
+    else:
+        sound = "sound" if arguments.verify else "sizes agree"
+        rows = [("CHECKPOINT", "STEP", "EPOCH", "PROCESSES", "SIZE", "AGE", "STATE")]
+        for each in found:
+            state = "set aside as damaged" if each.set_aside else "; ".join(each.problems) or sound
+            cells = ["-" if value is None else f"{value}" for value in (each.step, each.epoch, each.world_size)]
+            rows.append((each.name, *cells, f"{each.size / 1e6:.1f} MB", _age(each.written_at), state))
+        print("\n".join(_aligned(rows)))
+    return EXIT_FAILED if any(each.problems and not each.set_aside for each in found) else 0
+
+
 def _table(runs: Sequence[RunSummary]) -> list[str]:
     rows = [("ID", "STATUS", "EPOCHS", "GATE", "EDGE", "RULE", "AGE")]
     rows += [
@@ -355,6 +395,11 @@ def _table(runs: Sequence[RunSummary]) -> list[str]:
         )
         for run in runs
     ]
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Cells padded to the width of their column."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

@@ -335,6 +335,8 @@ class CheckpointConfig:
     """Also write a checkpoint every so many steps; null: at the end of every epoch only."""
     keep_last: int = _neutral(3)
     """Newest checkpoints kept; the one that passed the gate is kept besides."""
+    verify: Literal["full", "size"] = _neutral("full")
+    """What a resume compares with the manifest: the digest of every file, or sizes only."""
 
     def __post_init__(self) -> None:
         every = self.every_steps
@@ -552,6 +554,16 @@ def differing_fields(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix:
 def run_directory(config: ExperimentConfig, init_digest: str | None = None) -> Path:
     """Where the run lives: ``output_dir / (name or experiment id)``."""
     return Path(config.output_dir) / (config.name or experiment_id(config, init_digest))
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """What a launch does with the run that it finds in its directory; no part of the configuration."""
+
+    fresh: bool = False
+    """Archive it and start over."""
+    on_damage: Literal["refuse", "restart"] = "refuse"
+    """When every checkpoint is damaged: refuse to go on, or set them aside and start over."""
 
 
 def check_output_dir(config: ExperimentConfig) -> None:

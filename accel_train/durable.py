@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -27,10 +28,15 @@ def fsync_directory(path: Path) -> None:
     _fsync(path, os.O_RDONLY | os.O_DIRECTORY)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes, *, written_aside: Callable[[], None] | None = None) -> None:
     """Replace ``path`` by ``content``: readers and crashes see the old file or the new one, never a part.
 
     One writer at a time per path (the run directory's lock sees to that).
+
+    Args:
+        path: the file.
+        content: all of it.
+        written_aside: called when the new file is complete and has not taken its place.
 
     Raises:
         OSError: the disk is full or the directory is not writable; the old file is intact.
@@ -41,6 +47,8 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if written_aside is not None:
+            written_aside()
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import textwrap
 import traceback
@@ -24,6 +25,7 @@ from torch import distributed as dist
 from accel_train.config import (
     SHARED_CORPORA,
     ConfigError,
+    EarlierRun,
     ExperimentConfig,
     check_output_dir,
     run_directory,
@@ -32,16 +34,17 @@ from accel_train.config import (
 from accel_train.interrupt import Interrupted
 from accel_train.lock import RunLocked
 from accel_train.model.transformer import TransformerLM
-from accel_train.record import RECORD_FILE, RecordError, read_record
+from accel_train.observer import SILENT, Observer
+from accel_train.record import METRICS_FILE, RECORD_FILE, RecordError, read_record
 from accel_train.run_record import RecordKeeper
 from accel_train.rundir import CONFIG_FILE, RunDirectory, RunLog, dump_config, read_config
 from accel_train.tasks.base import Task
 from accel_train.tasks.walks import CorpusError, WalksTask
 from accel_train.training.callbacks import Callback, LoopState
-from accel_train.training.checkpoint import CheckpointError, list_checkpoints, newest_sound, read_manifest, verify
 from accel_train.training.coordination import Coordinator, LostPeer, PeerFailed
 from accel_train.training.diagnosis import NonFinite
 from accel_train.training.hooks import Hooks, build_hooks
+from accel_train.training.manifest import CheckpointError, list_checkpoints, newest_sound, read_manifest, verify
 from accel_train.training.preemption import StopSignal
 from accel_train.training.progress import Progress, be_silent, say
 from accel_train.training.runtime import arithmetic, build_accelerator, machine
@@ -54,13 +57,20 @@ WEIGHTS = "model.safetensors"
 _CODE_OF_PEER = {"ConfigError": EXIT_USAGE, "RecordError": EXIT_USAGE, "RunLocked": EXIT_PREEMPTED}
 
 
-def run(config: ExperimentConfig, *, fresh: bool = False, command: Sequence[str] = ()) -> int:
+def run(
+    config: ExperimentConfig,
+    *,
+    earlier: EarlierRun = EarlierRun(),  # noqa: B008 - it is frozen
+    command: Sequence[str] = (),
+    observer: Observer = SILENT,
+) -> int:
     """Run an experiment to its end, or resume it; returns the process's exit code.
 
     Args:
         config: what to run.
-        fresh: archive an earlier run of the same name and start over.
+        earlier: what becomes of an earlier run of the same name.
         command: the command line, for the record.
+        observer: hears of every point at which a fault may fall.
 
     Raises:
         ConfigError: the configuration cannot be run; nothing has been written.
@@ -73,8 +83,8 @@ def run(config: ExperimentConfig, *, fresh: bool = False, command: Sequence[str]
         coordinator = Coordinator(stop, config.training.timeout_seconds)
         run_log = RunLog(coordinator.rank)
         try:
-            experiment = _Experiment(config, accelerator, coordinator, command, run_log)
-            return experiment.run(fresh)
+            experiment = _Experiment(config, earlier, accelerator, coordinator, command, run_log, observer)
+            return experiment.run()
         finally:
             run_log.close()
             if dist.is_initialized():
@@ -87,23 +97,26 @@ class _Experiment:
     def __init__(
         self,
         config: ExperimentConfig,
+        earlier: EarlierRun,
         accelerator: Accelerator,
         coordinator: Coordinator,
         command: Sequence[str],
         run_log: RunLog,
+        observer: Observer,
     ) -> None:
         self.config, self.command, self.run_log = config, command, run_log
+        self.earlier, self.observer = earlier, observer
         self.accelerator, self.coordinator = accelerator, coordinator
-        self.task: Task = WalksTask(config)
+        self.task: Task = WalksTask(config, observer)
         self.say = say if coordinator.is_main else be_silent
         self.progress = Progress()
         self.directory = RunDirectory(config)
-        self.keeper = RecordKeeper(self.directory, command)
+        self.keeper = RecordKeeper(self.directory, command, observer)
 
-    def run(self, fresh: bool) -> int:
+    def run(self) -> int:
         """Run all phases; returns the exit code."""
         try:
-            return self._run(fresh)
+            return self._run()
         except (Preempted, Interrupted) as outcome:
             self._leave("preempted", str(outcome))
             self.say("preempted", f"{outcome}; run the same command again to continue")
@@ -112,7 +125,7 @@ class _Experiment:
             self.say("stopped", "at once, by a second interrupt; the same command goes on from the last checkpoint")
             return EXIT_PREEMPTED
         except LostPeer as error:
-            log.error("%s", error)
+            log.error("%s", self.coordinator.name_the_lost(error))
             # The process group is beyond an orderly shutdown: leave before its destructors wait.
             sys.stdout.flush()
             sys.stderr.flush()
@@ -145,12 +158,14 @@ class _Experiment:
             self.progress.close()
             self.directory.close()
 
-    def _run(self, fresh: bool) -> int:
+    def _run(self) -> int:
         # Before anything is written: a hook or weights that do not fit are the user's to mend.
-        init = self._resolve_init(fresh)
+        init = self._resolve_init()
         model = build_model(self.config, self.task, init)
         hooks = build_hooks(self.config.hooks, model)
-        opened = self.coordinator.main_phase("run directory", lambda should_stop: self._open(fresh, should_stop))
+        self.coordinator.main_phase("check of the task", lambda _: self.task.check())
+        self._check_shared()
+        opened = self.coordinator.main_phase("run directory", self._open)
         if opened["status"] == "completed":
             self.say("finished", opened["summary"])
             return EXIT_COMPLETED
@@ -168,21 +183,39 @@ class _Experiment:
             self.say("record", str(self.directory.path / "result.json"))
         return EXIT_COMPLETED
 
-    def _resolve_init(self, fresh: bool) -> Path | None:
+    def _resolve_init(self) -> Path | None:
         """One choice of the weights to start from for all ranks; they are part of the run's identity."""
         if self.config.training.init_from is None:
             return None
         name, digest = self.coordinator.main_phase(
-            "weights to start from", lambda _: _as_json(resolve_init(self.config, fresh=fresh))
+            "weights to start from", lambda _: _as_json(resolve_init(self.config, fresh=self.earlier.fresh))
         )
         self.directory = RunDirectory(self.config, digest)
-        self.keeper = RecordKeeper(self.directory, self.command)
+        self.keeper = RecordKeeper(self.directory, self.command, self.observer)
         return Path(name) if name else None
 
-    def _open(self, fresh: bool, should_stop: Callable[[], bool]) -> dict[str, Any]:
-        """On the main process: the checks that may refuse, then the lock, then the first file."""
-        self.task.check()
-        record = self.directory.open(fresh=fresh, should_stop=should_stop, say=self.say)
+    def _check_shared(self) -> None:
+        """Refuse a run directory that only some ranks see: their checkpoints would be torn apart."""
+        if self.coordinator.world_size == 1:
+            return
+        name, directory = "look at the run directory", self.directory
+        phase, gather = self.coordinator.main_phase, self.coordinator.gather
+        token = phase(name, lambda _: directory.leave_token())
+        place = f"{socket.gethostname()}:{directory.path.absolute()}"
+        found = gather(name, [directory.sees_token(token, self.config.training.timeout_seconds / 2), place])
+        phase(name, lambda _: directory.remove_token(token))
+        for rank, (sees, theirs) in enumerate(found):
+            if not sees:
+                raise ConfigError(
+                    "output_dir",
+                    self.config.output_dir,
+                    f"is not shared by all processes: what rank 0 writes to {found[0][1]} is not there for rank {rank} "
+                    f"in {theirs}; name a directory that every machine sees, such as one on a network file system",
+                )
+
+    def _open(self, should_stop: Callable[[], bool]) -> dict[str, Any]:
+        """On the main process: the lock, then the first file."""
+        record = self.directory.open(fresh=self.earlier.fresh, should_stop=should_stop, say=self.say)
         self.say("run", str(self.directory.path))
         self.keeper.start(record)
         return {"status": self.keeper.found_status, "launch": self.keeper.launch, "summary": self.keeper.summary()}
@@ -226,6 +259,9 @@ class _Experiment:
             extra_files={CONFIG_FILE: dump_config(config).encode()},
             accelerator=self.accelerator,
             coordinator=self.coordinator,
+            logs=[self.directory.path / METRICS_FILE],
+            restart=self.earlier.on_damage == "restart",
+            observer=self.observer,
         )
 
     def _evaluate(self, model: torch.nn.Module, _state: LoopState, should_stop: Callable[[], bool]) -> dict[str, Any]:

@@ -15,7 +15,9 @@ import logging
 import math
 import os
 import platform
+import re
 import secrets
+import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +30,13 @@ from typing import Any
 from accel_train.config import ExperimentConfig, to_dict
 from accel_train.durable import write_atomic
 from accel_train.lock import live_runs
+from accel_train.observer import RECORD_WRITTEN_ASIDE, SILENT, Observer
 
 SCHEMA_VERSION = 1
 RECORD_FILE = "result.json"
 METRICS_FILE = "metrics.jsonl"
+SAMPLES_DIRECTORY = "samples"
+_SAMPLES_OF_STEP = re.compile(r"step_(\d+)(\D.*)?")
 STATUSES = ("running", "preempted", "completed", "failed")
 STATUS_CODES = {"completed": 0, "failed": 1, "live": 3, "preempted": 75, "interrupted": 75}
 """Exit codes of ``accel-train runs --status``. ``interrupted``: the record says running, but no process does."""
@@ -129,8 +134,13 @@ def new_record(
     return record
 
 
-def write_record(run_dir: Path, record: Mapping[str, Any]) -> None:
+def write_record(run_dir: Path, record: Mapping[str, Any], observer: Observer = SILENT) -> None:
     """Replace ``run_dir / result.json`` atomically.
+
+    Args:
+        run_dir: the run directory.
+        record: every field.
+        observer: hears when the new record is complete and has not taken its place.
 
     Raises:
         TypeError: a value is not JSON (numbers of numpy count as numbers); names its place.
@@ -138,7 +148,8 @@ def write_record(run_dir: Path, record: Mapping[str, Any]) -> None:
     """
     # One section per line: readable, and the fast encoder is kept (indenting switches it off).
     sections = [f"{json.dumps(name)}: {strict_json(value, name)}" for name, value in record.items()]
-    write_atomic(run_dir / RECORD_FILE, ("{\n" + ",\n".join(sections) + "\n}\n").encode())
+    content = ("{\n" + ",\n".join(sections) + "\n}\n").encode()
+    write_atomic(run_dir / RECORD_FILE, content, written_aside=lambda: observer.reached(RECORD_WRITTEN_ASIDE))
 
 
 def read_record(run_dir: Path) -> dict[str, Any]:
@@ -220,27 +231,37 @@ class MetricsLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(strict_json(line, "line") + "\n")
 
-    def cut_back(self, step: int, *, evaluation_due: bool = False) -> None:
+    def cut_back(self, step: int, *, evaluation_due: bool = False) -> int:
         """Remove every line after ``step``, and what a killed process left half-written; atomic.
+
+        Returns the last step that the log told of, 0 without any.
 
         Args:
             step: the last step whose lines stay.
             evaluation_due: the evaluation of that step will be done again, so its line goes as well.
         """
-        if not self.path.exists():
-            return
-        content = self.path.read_bytes()
+        content = self.path.read_bytes() if self.path.exists() else b""
+        lines = list(_parsed(content))
         kept = b"".join(
             raw
-            for raw, line in _parsed(content)
+            for raw, line in lines
             if line["step"] < step or (line["step"] == step and not (evaluation_due and "gate_passed" in line))
         )
         if kept != content:
             write_atomic(self.path, kept)
+        return max((line["step"] for _, line in lines), default=0)
 
     def read(self) -> list[dict[str, Any]]:
         """All whole lines; empty when there is no log."""
         return [line for _, line in _parsed(self.path.read_bytes())] if self.path.exists() else []
+
+
+def cut_back_samples(directory: Path, step: int) -> None:
+    """Remove samples of steps after ``step``: files or folders whose names begin with ``step_N``."""
+    for path in directory.iterdir() if directory.is_dir() else ():
+        found = _SAMPLES_OF_STEP.fullmatch(path.name)
+        if found and int(found[1]) > step:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _parsed(content: bytes) -> Iterable[tuple[bytes, dict[str, Any]]]:

@@ -14,14 +14,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accel_train.observer import SILENT, Observer
 from accel_train.record import (
     METRICS_FILE,
+    SAMPLES_DIRECTORY,
     MetricsLog,
+    cut_back_samples,
     new_record,
     timestamp,
     write_record,
 )
 from accel_train.training.callbacks import Callback, LoopState
+from accel_train.training.progress import say
 from accel_train.training.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -39,11 +43,13 @@ class RecordKeeper(Callback):
     Args:
         directory: the run directory; its lock is held by this process.
         command: the command line of this launch.
+        observer: hears when a record is complete and has not taken its place.
     """
 
-    def __init__(self, directory: RunDirectory, command: Sequence[str]) -> None:
+    def __init__(self, directory: RunDirectory, command: Sequence[str], observer: Observer = SILENT) -> None:
         self._directory = directory
         self._command = list(command)
+        self._observer = observer
         self.hooks: list[str] = []
         self.record: dict[str, Any] = {}
         self.found_status: str | None = None
@@ -86,10 +92,16 @@ class RecordKeeper(Callback):
     # -- callbacks -------------------------------------------------------------------------
 
     def on_train_start(self, state: LoopState) -> None:
-        """Cut the log back to the step that training starts from."""
+        """Cut the log and the samples back to the step that training starts from."""
         self._metrics = MetricsLog(self._directory.path / METRICS_FILE)
         due = self._trainer is not None and self._trainer.state.evaluation_due
-        self._metrics.cut_back(state.step, evaluation_due=due)
+        logged = self._metrics.cut_back(state.step, evaluation_due=due)
+        cut_back_samples(self._directory.path / SAMPLES_DIRECTORY, state.step)
+        if state.step or logged:
+            where = f"after step {state.step}"
+            if logged > state.step:
+                where += f"; steps {state.step + 1} to {logged} were not saved and are repeated"
+            say("resume", where)
         self._update()
 
     def on_log(self, state: LoopState, line: dict[str, Any]) -> None:
@@ -209,4 +221,4 @@ class RecordKeeper(Callback):
         self._metrics.append({**identity, "time": timestamp(), **line})
 
     def _write(self) -> None:
-        write_record(self._directory.path, self.record)
+        write_record(self._directory.path, self.record, self._observer)

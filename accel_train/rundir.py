@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,7 @@ from accel_train.training.progress import ConsoleHandler
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
+_TOKEN, _TOKEN_SECONDS = ".seen-by-all-", 30.0
 # The record goes first: a kill in the middle of archiving must not leave a directory that looks finished.
 _ARCHIVED = ("result.json", "checkpoints", "metrics.jsonl", CONFIG_FILE, "figures", "samples", "logs", "tracking")
 
@@ -65,12 +69,7 @@ class RunDirectory:
             ConfigError: it belongs to another configuration, or cannot be made.
             Interrupted: ``should_stop()`` turned true while waiting for the lock.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            # What no check beforehand can know: quotas, remote and virtual file systems.
-            where = f"cannot be written ({self.path}: {error.strerror}); choose another directory or name"
-            raise ConfigError("output_dir", self.config.output_dir, where) from error
+        self._make()
         lock = RunLock(
             self.path,
             self.config.training.lock_timeout,
@@ -88,11 +87,49 @@ class RunDirectory:
             write_atomic(self.path / CONFIG_FILE, dump_config(self.config).encode())
         return record
 
+    def leave_token(self) -> str:
+        """Write a file that every other process should see; returns its name. Needs no lock.
+
+        Raises:
+            ConfigError: the directory cannot be made.
+        """
+        self._make()
+        token = f"{_TOKEN}{secrets.token_hex(8)}"
+        (self.path / token).touch()
+        return token
+
+    def sees_token(self, token: str, patience: float) -> bool:
+        """Whether the file is seen here within ``patience`` seconds (half a minute at most).
+
+        A network file system may show a new file to another machine only seconds later.
+        """
+        deadline = time.monotonic() + min(patience, _TOKEN_SECONDS)
+        # Listed, not looked up: some clients remember for long that a name did not exist.
+        while not (self.path.is_dir() and self.path / token in self.path.iterdir()):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        return True
+
+    def remove_token(self, token: str) -> None:
+        """Take the file away, and the directory if it holds nothing else."""
+        (self.path / token).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.rmdir()
+
     def close(self) -> None:
         """Release the lock; safe to call twice, and without :meth:`open`."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            # What no check beforehand can know: quotas, remote and virtual file systems.
+            where = f"cannot be written ({self.path}: {error.strerror}); choose another directory or name"
+            raise ConfigError("output_dir", self.config.output_dir, where) from error
 
     def _refuse_other_configuration(self) -> None:
         path = self.path / CONFIG_FILE

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 
 from accel_train.durable import fsync_directory, fsync_file, sha256_file, write_atomic
 from accel_train.lock import wait_for
+from accel_train.observer import CORPUS_BEGUN, CORPUS_BUILT, SILENT, Observer
 
 INDEX_FILE = "index.json"
 _FORMAT_VERSION = 1
@@ -40,6 +41,7 @@ def cached(
     lock_timeout: float = 3600.0,
     on_wait: Callable[[str], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    observer: Observer = SILENT,
 ) -> Path:
     """The directory ``root / key``, built if it is missing or damaged.
 
@@ -50,6 +52,7 @@ def cached(
         lock_timeout: seconds to wait while another process builds or verifies this artifact.
         on_wait: receives a line for people while waiting.
         should_stop: polled while waiting.
+        observer: hears when building begins and when the files are written.
 
     Raises:
         TimeoutError: another process held the artifact's lock all the time.
@@ -74,7 +77,7 @@ def cached(
         raise TimeoutError(f"{root / key} was locked by another process for {lock_timeout:.0f} s")
     try:
         _sweep(root, key)
-        return _open_or_build(root, key, build)
+        return _open_or_build(root, key, build, observer)
     finally:
         lock.release()
 
@@ -99,7 +102,7 @@ def damage(directory: Path) -> str | None:
     return None
 
 
-def _open_or_build(root: Path, key: str, build: Callable[[Path], None]) -> Path:
+def _open_or_build(root: Path, key: str, build: Callable[[Path], None], observer: Observer) -> Path:
     final = root / key
     if final.exists():
         problem = damage(final)
@@ -113,7 +116,9 @@ def _open_or_build(root: Path, key: str, build: Callable[[Path], None]) -> Path:
     temporary = _temporary(root, key)
     temporary.mkdir()
     try:
+        observer.reached(CORPUS_BEGUN)
         build(temporary)
+        observer.reached(CORPUS_BUILT)
         _seal(temporary, key)
         _publish(temporary, final)
     except BaseException:

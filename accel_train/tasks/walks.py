@@ -25,6 +25,7 @@ from accel_train.config import ConfigError, ExperimentConfig, canonical_json, re
 from accel_train.data.cache import cached
 from accel_train.data.windows import WalkDataset
 from accel_train.model.generation import generate
+from accel_train.observer import SILENT, Observer
 from accel_train.tasks.base import Say, StopCheck
 from accel_train.tasks.criteria import Criterion, Verdict, judge
 from accel_train.walks.compliance import Compliance, scorable_rules, score, wilson_interval
@@ -44,8 +45,9 @@ class CorpusError(RuntimeError):
 class WalksTask:
     """Learn to walk a block-model graph and to obey its jumper rules."""
 
-    def __init__(self, config: ExperimentConfig) -> None:
+    def __init__(self, config: ExperimentConfig, observer: Observer = SILENT) -> None:
         self.config = config
+        self._observer = observer
         self._context = config.model.max_seq_len
         self._directory = Path()
         self._graph: Graph | None = None
@@ -169,6 +171,7 @@ class WalksTask:
             build_into,
             on_wait=lambda message: say("corpus", message),
             should_stop=should_stop,
+            observer=self._observer,
         )
         verb = "built" if built else "found and verified"
         say(

@@ -69,7 +69,7 @@ class Callback:
         """After an epoch, its evaluation and its checkpoint."""
 
     def on_checkpoint(self, state: LoopState, path: Path) -> None:
-        """After a checkpoint has been committed."""
+        """After checkpoint ``path`` has been committed: at the next save, or when training ends."""
 
     def on_train_end(self, state: LoopState) -> None:
         """After the last step of a run that ended by itself (not when preempted)."""

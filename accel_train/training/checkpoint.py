@@ -3,22 +3,26 @@
     checkpoints/.tmp-step_0001250-<nonce>/   written by all ranks, may be torn
     checkpoints/step_0001250/                after manifest, fsync and rename: complete
 
-The manifest holds the size and SHA-256 of every file, the digest of every rank's live random
-state, and its own digest. Loading trusts nothing that the manifest does not vouch for:
-Accelerate swallows errors when it restores random states, so what is live afterwards is
-compared with what was live when the checkpoint was written.
+The ranks train on as soon as all of them have written their files; digests, fsync, rename and
+rotation follow in a thread of the main process, in which there is no collective. One save at most is
+in flight: the next one, the end of training and every exit wait for it.
+
+Loading trusts nothing that the manifest does not vouch for: Accelerate swallows errors when it
+restores random states, so what is live afterwards is compared with what was live when the
+checkpoint was written. Accelerate's own files are unpickled with ``weights_only=True``, so one
+from a stranger cannot run code; ours are JSON and safetensors.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
+import pickle
 import random
-import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,113 +32,32 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 
-from accel_train.config import CheckpointConfig, canonical_json
-from accel_train.durable import fsync_directory, fsync_file, sha256_file
+from accel_train.config import CheckpointConfig
+from accel_train.durable import fsync_directory, fsync_file
+from accel_train.observer import (
+    COMMIT_BEGUN,
+    COMMIT_RENAMED,
+    COMMIT_SEALED,
+    ROTATION_RENAMED,
+    SAVE_BEGUN,
+    SAVE_HALF_WRITTEN,
+    SAVE_WRITTEN,
+    SILENT,
+    Observer,
+)
 from accel_train.training.coordination import Coordinator
+from accel_train.training.manifest import (
+    TEMPORARY,
+    CheckpointError,
+    list_checkpoints,
+    newest_sound,
+    read_manifest,
+    step_directory,
+    write_manifest,
+)
 from accel_train.training.state import TrainingState
 
 log = logging.getLogger(__name__)
-
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-_STEP_DIRECTORY = re.compile(r"step_(\d+)")
-
-
-class CheckpointError(RuntimeError):
-    """No usable checkpoint, or one that may not be used here."""
-
-
-class NewerFormat(CheckpointError):
-    """A checkpoint that a newer version wrote: sound, but not for this one."""
-
-
-def step_directory(step: int) -> str:
-    """Name of the checkpoint of ``step``."""
-    return f"step_{step:07d}"
-
-
-def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
-    """``(step, path)`` of every committed checkpoint, oldest first; nothing is verified."""
-    if not directory.is_dir():
-        return []
-    found = ((_STEP_DIRECTORY.fullmatch(path.name), path) for path in directory.iterdir())
-    return sorted((int(match.group(1)), path) for match, path in found if match)
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of checkpoint ``path``, its own digest verified.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or of a newer format.
-    """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        stated = manifest.pop("self_sha256")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path / MANIFEST} cannot be read: {error!r}") from error
-    if _digest(manifest) != stated:
-        raise CheckpointError(f"{path / MANIFEST} does not match its own digest")
-    if manifest["format_version"] > FORMAT_VERSION:
-        raise NewerFormat(
-            f"{path} has checkpoint format {manifest['format_version']}; this version reads up to "
-            f"{FORMAT_VERSION}: update accel_train"
-        )
-    return dict(manifest)
-
-
-def verify(path: Path) -> list[str]:
-    """What is wrong with checkpoint ``path``, every byte read; empty when it is sound.
-
-    Raises:
-        NewerFormat: a newer version wrote it.
-    """
-    try:
-        manifest = read_manifest(path)
-    except NewerFormat:
-        raise
-    except CheckpointError as error:
-        return [str(error)]
-    problems = []
-    for name, expected in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            problems.append(f"{name} is missing")
-        elif file.stat().st_size != expected["size"]:
-            problems.append(f"{name} has {file.stat().st_size} bytes instead of {expected['size']}")
-        elif sha256_file(file) != expected["sha256"]:
-            problems.append(f"{name} does not match its SHA-256")
-    return problems
-
-
-def newest_sound(directory: Path, *, set_aside: bool = False) -> Path | None:
-    """The newest checkpoint that verifies; damaged newer ones are named in a warning.
-
-    Args:
-        directory: ``checkpoints/`` of a run directory.
-        set_aside: rename damaged ones; only the run that holds the lock may.
-
-    Raises:
-        CheckpointError: there are checkpoints, but every one is damaged.
-        NewerFormat: the newest was written by a newer version.
-    """
-    damaged: dict[Path, str] = {}
-    for _, path in reversed(list_checkpoints(directory)):
-        problems = verify(path)
-        if problems:
-            damaged[path] = "; ".join(problems)
-            log.warning("damaged checkpoint %s: %s", path.name, damaged[path])
-            continue
-        # Only now: as long as none is sound, every launch must find them all and refuse to start over.
-        for bad in damaged if set_aside else ():
-            bad.rename(bad.with_name(f".damaged-{bad.name}-{secrets.token_hex(4)}"))
-        return path
-    if damaged:
-        found = " | ".join(f"{path.name}: {problems}" for path, problems in damaged.items())
-        raise CheckpointError(
-            f"every checkpoint in {directory} is damaged ({found}); restore one from a backup, or start over with "
-            "--fresh"
-        )
-    return None
 
 
 def rng_digest(device: torch.device) -> str:
@@ -157,10 +80,6 @@ def derive_rank_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(digest[:4], "little")
 
 
-def _digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(manifest).encode()).hexdigest()
-
-
 class Checkpointer:
     """Saves and restores the state of one run. All methods are called on every rank.
 
@@ -168,10 +87,13 @@ class Checkpointer:
         directory: ``checkpoints/`` of the run directory; must be visible to all ranks.
         accelerator: holds the prepared model, optimizer and scheduler.
         coordinator: agreement between the ranks.
-        config: which checkpoints are kept.
+        config: which checkpoints are kept, and how they are verified.
         config_hash: written into the manifest; a checkpoint of another configuration is refused.
         seed: for the random state of ranks that are new after a change of world size.
         extra_files: small files stored in every checkpoint (name to content).
+        logs: files beside the checkpoints that must be on disk before a checkpoint counts; they may be missing.
+        restart: start over when every checkpoint is damaged, instead of refusing.
+        observer: hears of every point at which a fault may fall.
     """
 
     def __init__(
@@ -184,6 +106,9 @@ class Checkpointer:
         config_hash: str = "",
         seed: int = 0,
         extra_files: Mapping[str, bytes] | None = None,
+        logs: Sequence[Path] = (),
+        restart: bool = False,
+        observer: Observer = SILENT,
     ) -> None:
         self.directory = directory
         self._accelerator = accelerator
@@ -192,32 +117,81 @@ class Checkpointer:
         self._config_hash = config_hash
         self._seed = seed
         self._extra_files = dict(extra_files or {})
+        self._logs = tuple(logs)
+        self._restart = restart
+        self._observer = observer
         self._newest: int | None = None
         self._state: TrainingState | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-commit")
+        self._commit: Future[None] | None = None
         accelerator.register_save_state_pre_hook(self._write_own_files)
 
-    def save(self, state: TrainingState) -> Path:
-        """Commit ``state`` and everything Accelerate holds; returns the checkpoint's path.
+    # -- saving ----------------------------------------------------------------------------
 
-        A checkpoint of the same step that this launch wrote or loaded is kept, not rewritten.
+    def save(self, state: TrainingState) -> Path:
+        """Write ``state`` and everything Accelerate holds, and have it committed in the background.
+
+        Returns the path under which the checkpoint will stand; :meth:`wait` makes sure that it does.
+        Waits for the save before. A checkpoint of the same step that this launch wrote or loaded is
+        kept, not rewritten.
 
         Raises:
-            CheckpointError: disk full or not writable; earlier checkpoints are intact.
+            CheckpointError: this save could not be written, or the one before could not be committed
+                (disk full, not writable); earlier checkpoints are intact.
             LostPeer: another rank is gone; nothing was committed.
         """
         target = self.directory / step_directory(state.step)
         if self._newest == state.step:
             return target
-        nonce = self._coordinator.main_phase("checkpoint directory", lambda _: secrets.token_hex(4))
-        temporary = self.directory / f".tmp-{target.name}-{nonce}"
+        nonce = self._coordinator.main_phase("commit of the checkpoint before", lambda _: self._make_way())
+        temporary = self.directory / f"{TEMPORARY}{target.name}-{nonce}"
+        self._observer.reached(SAVE_BEGUN)
         self._write(temporary, state)
         if not self._coordinator.is_main:
             for file in temporary.glob(f"random_states_{self._coordinator.rank}.*"):
                 fsync_file(file)
+        self._observer.reached(SAVE_WRITTEN)
         rng = self._coordinator.gather("checkpoint files", rng_digest(self._accelerator.device))
-        self._coordinator.main_phase("checkpoint commit", lambda _: self._commit(temporary, target, state, rng))
+        if self._coordinator.is_main:
+            header = {
+                "step": state.step,
+                "epoch": state.epoch,
+                "world_size": self._coordinator.world_size,
+                "config_hash": self._config_hash,
+                "rng": [{"rank": rank, "sha256": digest} for rank, digest in enumerate(rng)],
+            }
+            self._commit = self._thread.submit(self._finish, temporary, target, header, state.keep_step)
         self._newest = state.step
         return target
+
+    def wait(self) -> None:
+        """Return when the save in flight, if any, is committed and rotation is done.
+
+        Raises:
+            CheckpointError: it could not be committed; earlier checkpoints are intact.
+        """
+        self._coordinator.main_phase("commit of the checkpoint", lambda _: self._join())
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why the save in flight could not be committed, as soon as that is known; never waits."""
+        return self._commit.exception() if self._commit is not None and self._commit.done() else None
+
+    def close(self) -> None:
+        """Wait for the save in flight on the way out, on this rank alone; its failure is only logged."""
+        try:
+            self._join()
+        except Exception as error:
+            log.error("%s", error)
+
+    def _join(self) -> None:
+        commit, self._commit = self._commit, None
+        if commit is not None:
+            commit.result()
+
+    def _make_way(self) -> str:
+        self._join()
+        return secrets.token_hex(4)
 
     def _write(self, temporary: Path, state: TrainingState) -> None:
         self._state = state
@@ -225,14 +199,57 @@ class Checkpointer:
             self._accelerator.save_state(str(temporary), safe_serialization=True)
         except (OSError, RuntimeError, SafetensorError) as error:
             # A full disk comes as any of these. What was written would only keep it full.
-            free = shutil.disk_usage(self.directory).free
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(
-                f"the checkpoint of step {state.step} could not be written to {self.directory} "
-                f"({free / 1e6:.0f} MB free): {error}; earlier checkpoints are intact"
-            ) from error
+            raise self._given_up(temporary, state.step, error) from error
         finally:
             self._state = None
+
+    def _write_own_files(self, _models: object, _weights: object, output_dir: str) -> None:
+        if self._state is None or not self._coordinator.is_main:
+            return
+        directory = Path(output_dir)
+        self._state.save(directory)
+        for name, content in self._extra_files.items():
+            (directory / name).write_bytes(content)
+        self._observer.reached(SAVE_HALF_WRITTEN)
+
+    def _finish(self, temporary: Path, target: Path, header: Mapping[str, Any], keep_step: int | None) -> None:
+        """Digest, seal, rename, rotate; in the background, on the main process."""
+        try:
+            self._observer.reached(COMMIT_BEGUN)
+            for file in self._logs:
+                if file.exists():
+                    fsync_file(file)
+            write_manifest(temporary, header)
+            self._observer.reached(COMMIT_SEALED)
+            temporary.rename(target)
+            fsync_directory(self.directory)
+        except OSError as error:
+            raise self._given_up(temporary, header["step"], error) from error
+        self._observer.reached(COMMIT_RENAMED)
+        self._rotate(keep_step)
+
+    def _given_up(self, temporary: Path, step: int, error: Exception) -> CheckpointError:
+        free = shutil.disk_usage(self.directory).free
+        shutil.rmtree(temporary, ignore_errors=True)
+        return CheckpointError(
+            f"the checkpoint of step {step} could not be written to {self.directory} "
+            f"({free / 1e6:.0f} MB free): {error}; earlier checkpoints are intact"
+        )
+
+    def _rotate(self, keep_step: int | None) -> None:
+        for step, path in list_checkpoints(self.directory)[: -self._config.keep_last]:
+            if step != keep_step:
+                # Renamed first: a kill in the middle of the removal leaves no torn checkpoint.
+                doomed = path.with_name(f"{TEMPORARY}rotated-{path.name}-{secrets.token_hex(4)}")
+                try:
+                    path.rename(doomed)
+                    self._observer.reached(ROTATION_RENAMED)
+                    shutil.rmtree(doomed)
+                except OSError as error:
+                    # The new checkpoint counts already; the next launch sweeps what is left.
+                    log.warning("the old checkpoint %s could not be removed: %s", path.name, error)
+
+    # -- loading ---------------------------------------------------------------------------
 
     def load(self) -> TrainingState | None:
         """Restore the newest sound checkpoint into the prepared objects; None when there is none.
@@ -249,18 +266,20 @@ class Checkpointer:
         manifest = read_manifest(path)
         try:
             state = TrainingState.load(path)
-        except ValueError as error:
-            raise CheckpointError(str(error)) from error
-        self._accelerator.load_state(str(path))
+            self._accelerator.load_state(str(path))
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(f"{path} holds a pickle with more than plain values: not loaded, not run") from error
+        except (ValueError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be loaded: {error}") from error
         self._restore_rng(path, manifest, state)
         self._newest = state.step
         return state
 
     def _choose(self) -> str | None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        for leftover in self.directory.glob(".tmp-*"):
+        for leftover in self.directory.glob(f"{TEMPORARY}*"):
             shutil.rmtree(leftover)
-        path = newest_sound(self.directory, set_aside=True)
+        path = newest_sound(self.directory, full=self._config.verify == "full", set_aside=True, restart=self._restart)
         if path is None:
             return None
         theirs = read_manifest(path)["config_hash"]
@@ -285,43 +304,3 @@ class Checkpointer:
                 f"{path}: the random state of rank {failed} was not restored (its live digest differs from the "
                 "manifest's): a library version may have changed; launch it as before, or start over with --fresh"
             )
-
-    def _write_own_files(self, _models: object, _weights: object, output_dir: str) -> None:
-        if self._state is None or not self._coordinator.is_main:
-            return
-        directory = Path(output_dir)
-        self._state.save(directory)
-        for name, content in self._extra_files.items():
-            (directory / name).write_bytes(content)
-
-    def _commit(self, temporary: Path, target: Path, state: TrainingState, rng: list[str]) -> None:
-        files = {}
-        for path in sorted(temporary.iterdir()):
-            fsync_file(path)
-            files[path.name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
-        manifest: dict[str, Any] = {
-            "format_version": FORMAT_VERSION,
-            "step": state.step,
-            "epoch": state.epoch,
-            "world_size": self._coordinator.world_size,
-            "config_hash": self._config_hash,
-            "files": files,
-            "rng": [{"rank": rank, "sha256": digest} for rank, digest in enumerate(rng)],
-        }
-        manifest["self_sha256"] = _digest(manifest)
-        # No newline at the end: every truncation makes it invalid JSON.
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
-        fsync_file(temporary / MANIFEST)
-        fsync_directory(temporary)
-        temporary.rename(target)
-        fsync_directory(self.directory)
-        self._rotate(state)
-
-    def _rotate(self, state: TrainingState) -> None:
-        checkpoints = list_checkpoints(self.directory)
-        for step, path in checkpoints[: -self._config.keep_last]:
-            if step != state.keep_step:
-                # Renamed first: a kill in the middle of the removal leaves no torn checkpoint.
-                doomed = path.with_name(f".tmp-rotated-{path.name}-{secrets.token_hex(4)}")
-                path.rename(doomed)
-                shutil.rmtree(doomed)

@@ -42,6 +42,9 @@ _boards = itertools.count()
 _POLL_SECONDS = 0.01
 _FLAG_POLL_SECONDS = 0.05
 _HEARTBEAT_SECONDS = 1.0
+_ROLL_CALL_SECONDS = 3.0
+# What the agreement between steps carries: the largest of all ranks' values.
+_GO_ON, _STOP, _FAILED = 0.0, 1.0, 2.0
 
 
 class LostPeer(RuntimeError):
@@ -121,6 +124,7 @@ class Coordinator:
         self.is_main = self.rank == 0
         self._sequence = 0
         self._work: dist.Work | None = None
+        self._failure: BaseException | None = None
         if self.world_size > 1:
             self._store = _Board(self.rank, timeout_seconds)
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
@@ -128,21 +132,34 @@ class Coordinator:
 
     # -- between steps ---------------------------------------------------------------------
 
-    def poll(self) -> bool:
+    def poll(self, failure: BaseException | None = None) -> bool:
         """At every step boundary, on every rank: whether all ranks are to stop here.
 
         With several ranks the answer reflects the flags as they were one step ago.
+
+        Args:
+            failure: what has gone wrong on this rank beside the loop; ends the run on all ranks.
+
+        Raises:
+            BaseException: ``failure``, on the rank that has it.
+            PeerFailed: on the other ranks.
         """
         if self.world_size == 1:
+            if failure is not None:
+                raise failure
             return self.stop.requested
         if self.drain():
             return True
-        self._flag.fill_(float(self.stop.requested))
+        if failure is not None:
+            # Before the agreement: whoever reads its result finds the reason on the board.
+            self._failure = failure
+            self.announce_failure(failure)
+        self._flag.fill_(_FAILED if failure is not None else _STOP if self.stop.requested else _GO_ON)
         self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return False
 
     def drain(self) -> bool:
-        """Finish the agreement in flight, if there is one, and return its answer."""
+        """Finish the agreement in flight, if there is one, and return its answer; raises as :meth:`poll`."""
         if self._work is None:
             return self.world_size == 1 and self.stop.requested
         work, self._work = self._work, None
@@ -150,7 +167,12 @@ class Coordinator:
             work.wait()
         except RuntimeError as error:
             raise LostPeer(f"another rank is gone (stop agreement failed: {_first_line(error)})") from error
-        return bool(self._flag.item() > 0)
+        answer = self._flag.item()
+        if answer == _FAILED:
+            if self._failure is not None:
+                raise self._failure
+            self._raise_announced("the next step")
+        return answer == _STOP
 
     # -- main-only phases ------------------------------------------------------------------
 
@@ -182,6 +204,36 @@ class Coordinator:
                 self._store.set("failure", json.dumps(notice))
             except LostPeer:
                 log.warning("the other ranks could not be told of the failure: rank 0 is gone")
+
+    def name_the_lost(self, error: LostPeer) -> str:
+        """``error`` in words, with the ranks that do not answer a last call of a few seconds."""
+        if self.world_size == 1:
+            return str(error)
+        try:
+            silent = self._call_the_roll()
+        except LostPeer:
+            silent = [0]
+        if not silent:
+            return str(error)
+        return f"rank {', '.join(map(str, silent))} does not answer any more: {error}"
+
+    def _call_the_roll(self) -> list[int]:
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        self._store.set(f"roll/{self.rank}", "")
+        deadline = time.monotonic() + _ROLL_CALL_SECONDS
+        while silent := [rank for rank in others if not self._store.has(f"roll/{rank}")]:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_SECONDS)
+        self._store.set(f"roll/{self.rank}/read", "")
+        if self.is_main:
+            # The board leaves with this process: not before those who answered have read it.
+            answered = [rank for rank in others if rank not in silent]
+            while not all(self._store.has(f"roll/{rank}/read") for rank in answered):
+                if time.monotonic() > deadline + _ROLL_CALL_SECONDS:
+                    break
+                time.sleep(_POLL_SECONDS)
+        return silent
 
     def _raise_announced(self, name: str) -> NoReturn:
         notice = json.loads(self._store.get("failure"))

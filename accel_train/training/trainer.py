@@ -26,13 +26,15 @@ from torch import nn
 from accel_train.config import CheckpointConfig, TrainingConfig, canonical_json, result_values
 from accel_train.data.loader import DatasetWithIds, build_loader, count_tokens
 from accel_train.interrupt import Interrupted
+from accel_train.observer import EVALUATION_BEGUN, SILENT, STEP_DONE, Observer
 from accel_train.training.callbacks import Callback, LoopState, overriding
-from accel_train.training.checkpoint import Checkpointer, CheckpointError, derive_rank_seed
+from accel_train.training.checkpoint import Checkpointer, derive_rank_seed
 from accel_train.training.coordination import Coordinator, LostPeer, PeerFailed
 from accel_train.training.diagnosis import NonFinite, first_bad_tensor
 from accel_train.training.hooks import Hooks
 from accel_train.training.ledger import Ledger
 from accel_train.training.losses import next_token_cross_entropy
+from accel_train.training.manifest import CheckpointError
 from accel_train.training.optimizer import build_optimizer
 from accel_train.training.plan import Plan
 from accel_train.training.preemption import StopSignal
@@ -96,6 +98,9 @@ class Trainer:
         accelerator: as :func:`build_accelerator` returns it; default: built here.
         coordinator: agreement between the ranks, whose stop flag somebody sets; default: made here, and
             ``fit`` handles the stop signals itself when there is a run directory.
+        logs: files that must be on disk before a checkpoint counts, such as a log of metrics.
+        restart: start over when every checkpoint is damaged, instead of refusing.
+        observer: hears of every point at which a fault may fall.
 
     Raises:
         ConfigError: the dataset is smaller than one batch, or the batch cannot be split.
@@ -118,6 +123,9 @@ class Trainer:
         extra_files: Mapping[str, bytes] | None = None,
         accelerator: Accelerator | None = None,
         coordinator: Coordinator | None = None,
+        logs: Sequence[Path] = (),
+        restart: bool = False,
+        observer: Observer = SILENT,
     ) -> None:
         self.config = config or TrainingConfig()
         self.checkpoint_config = checkpoint or CheckpointConfig()
@@ -135,6 +143,7 @@ class Trainer:
         self._hooks = hooks
         self._callbacks = tuple(callbacks)
         self._on_step_end = overriding(self._callbacks, "on_step_end")
+        self._observer = observer
 
         self.plan = Plan(self.config, len(dataset), self._coordinator.world_size, self._coordinator.rank, seed)
         self.loop_state = LoopState(
@@ -145,6 +154,7 @@ class Trainer:
         self._prepare(model, dataset)
 
         self._checkpointer: Checkpointer | None = None
+        self._uncommitted: Path | None = None
         if run_dir is not None:
             identity = {**dict(result_values(self.config)), "seed": seed, "samples": len(dataset)}
             self._checkpointer = Checkpointer(
@@ -155,6 +165,9 @@ class Trainer:
                 config_hash=config_hash or hashlib.sha256(canonical_json(identity).encode()).hexdigest(),
                 seed=seed,
                 extra_files=extra_files,
+                logs=logs,
+                restart=restart,
+                observer=observer,
             )
 
     def _prepare(self, model: nn.Module, dataset: Any) -> None:
@@ -211,6 +224,7 @@ class Trainer:
                 for callback in self._callbacks:
                     callback.on_train_start(self.loop_state)
                 self._train()
+                self._settle_commit()
                 for callback in self._callbacks:
                     callback.on_train_end(self.loop_state)
             except (Preempted, NonFinite, LostPeer, PeerFailed):
@@ -221,6 +235,8 @@ class Trainer:
                 self._coordinator.announce_failure(error)
                 raise
             finally:
+                if self._checkpointer is not None:
+                    self._checkpointer.close()
                 if self._hooks is not None:
                     self._hooks.close()
         return self.state
@@ -346,6 +362,7 @@ class Trainer:
         state.step += 1
         state.step_in_epoch += 1
         loop.step = state.step
+        self._observer.reached(STEP_DONE)
         for call in self._on_step_end:
             call(loop)
         if state.step % config.log_interval == 0:
@@ -360,7 +377,7 @@ class Trainer:
         every = self.checkpoint_config.every_steps
         if every is not None and state.step % every == 0:
             self._commit()
-        if self._coordinator.poll():
+        if self._coordinator.poll(self._checkpointer.failure if self._checkpointer is not None else None):
             self._preempt()
         return False
 
@@ -397,6 +414,7 @@ class Trainer:
         evaluate, model = self._evaluate_fn, self.unwrapped_model
 
         def judge(should_stop: Callable[[], bool]) -> dict[str, Any]:
+            self._observer.reached(EVALUATION_BEGUN)
             # On the main process alone: what it drew here would set its dropout apart from an undisturbed run's.
             with preserved_random_state(self.accelerator.device):
                 verdict = evaluate(model, self.loop_state, should_stop)
@@ -418,11 +436,28 @@ class Trainer:
             return
         with self.clock.timed("checkpoint"):
             path = self._checkpointer.save(self.state)
+        if path != self._uncommitted:
+            # To save, the checkpointer waited for the one before.
+            self._report_commit()
+            self._uncommitted = path
+
+    def _settle_commit(self) -> None:
+        """Wait for the save in flight; on every rank."""
+        if self._checkpointer is not None:
+            with self.clock.timed("checkpoint"):
+                self._checkpointer.wait()
+            self._report_commit()
+
+    def _report_commit(self) -> None:
+        path, self._uncommitted = self._uncommitted, None
+        if path is None:
+            return
         for callback in self._callbacks:
             callback.on_checkpoint(self.loop_state, path)
 
     def _preempt(self) -> None:
         self._commit()
+        self._settle_commit()
         raise Preempted(self.state.step, self._stop.signal_name or "a signal to another rank")
 
     # -- losses and logs -------------------------------------------------------------------

@@ -28,7 +28,9 @@ def test_sigkill_in_mid_epoch_changes_no_bit(tmp_path: Path, world: int) -> None
     assert found["checkpoint"] == "step_0000060"
     assert found == expected
     after = record(tmp_path / "b")
-    assert [resume["step"] for resume in after["provenance"]["resumes"]] == [24, 30, 48]
+    resumed = [resume["step"] for resume in after["provenance"]["resumes"]]
+    # A checkpoint every 3 steps; the newest may still have been in flight.
+    assert all(step in {newest, newest - 3} for step, newest in zip(resumed, (24, 30, 48), strict=True)), resumed
     assert after["provenance"]["world_sizes"] == [world] * 4
     steps = [line["step"] for line in found["log"] if "loss" in line]
     assert steps == sorted(set(steps)), "a line stands twice in metrics.jsonl"

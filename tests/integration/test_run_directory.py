@@ -20,9 +20,9 @@ from accel_train.config import TrainingConfig
 from accel_train.data.windows import WalkDataset
 from accel_train.experiment import load_model
 from accel_train.record import load_schema, load_sufficient_runs
-from accel_train.training.checkpoint import read_manifest, verify
 from accel_train.training.coordination import PeerFailed
 from accel_train.training.losses import next_token_cross_entropy
+from accel_train.training.manifest import read_manifest, verify
 from accel_train.training.plan import Plan
 from accel_train.training.trainer import Trainer
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from accel_train.cli import main, parse_config, train_main
-from accel_train.config import ConfigError, ExperimentConfig, TrainingConfig, config_hash, experiment_id
+from accel_train.config import ConfigError, EarlierRun, ExperimentConfig, TrainingConfig, config_hash, experiment_id
 from accel_train.lock import RunLock
 from accel_train.record import new_record, write_record
 
@@ -45,8 +45,8 @@ def experiment(monkeypatch):
     module.CheckpointError = CheckpointError
     module.CorpusError = type("CorpusError", (Exception,), {})
 
-    def run(config, *, fresh, command):
-        module.calls.append((config, fresh, command))
+    def run(config, *, earlier, command, observer):
+        module.calls.append((config, earlier, command))
         return 75
 
     module.run = run
@@ -60,7 +60,7 @@ def experiment(monkeypatch):
 
 
 def test_no_options_give_the_defaults():
-    assert parse_config([]) == (ExperimentConfig(), False)
+    assert parse_config([]) == (ExperimentConfig(), EarlierRun())
 
 
 def test_options_win_over_the_file_and_the_file_over_the_defaults(write):
@@ -83,7 +83,13 @@ def test_lists_and_nulls_become_tuples_and_none(write):
 
 
 def test_fresh_is_no_field_of_the_configuration():
-    assert parse_config(["--fresh"]) == (ExperimentConfig(), True)
+    assert parse_config(["--fresh"]) == (ExperimentConfig(), EarlierRun(fresh=True))
+
+
+def test_what_to_do_about_damage_is_no_field_either_and_has_two_answers():
+    assert parse_config(["--on_damage", "restart"]) == (ExperimentConfig(), EarlierRun(on_damage="restart"))
+    with pytest.raises(ConfigError, match=r"on_damage.*maybe"):
+        parse_config(["--on_damage", "maybe"])
 
 
 def test_printed_configuration_is_read_back(write, capsys):
@@ -232,8 +238,8 @@ def test_only_rank_0_speaks(rank, lines, monkeypatch, capsys):
 def test_experiment_is_run_and_its_exit_code_returned(experiment):
     assert main(["train", "--seed", "5", "--fresh"]) == 75
 
-    config, fresh, command = experiment.calls[0]
-    assert (config.seed, fresh) == (5, True)
+    config, earlier, command = experiment.calls[0]
+    assert (config.seed, earlier) == (5, EarlierRun(fresh=True))
     assert command == ["accel-train", "train", "--seed", "5", "--fresh"]
 
 

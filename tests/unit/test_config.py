@@ -199,6 +199,7 @@ LEFT_OUT = {
     "training.init_from",
     "checkpoint.every_steps",
     "checkpoint.keep_last",
+    "checkpoint.verify",
     "tracking.log_with",
     "tracking.project",
 }

@@ -31,7 +31,7 @@ from accel_train.experiment import resolve_init, run
 from accel_train.interrupt import Interrupted
 from accel_train.run_record import RecordKeeper
 from accel_train.tasks.walks import WalksTask
-from accel_train.training.checkpoint import list_checkpoints
+from accel_train.training.manifest import list_checkpoints
 
 TINY = ExperimentConfig(
     graph=GraphConfig(n=20, K=2, p_in=0.6, p_out=0.3),

@@ -6,6 +6,8 @@ import hashlib
 import json
 import random
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +16,18 @@ import torch
 from safetensors import SafetensorError
 
 from accel_train.config import CheckpointConfig, TrainingConfig, canonical_json
+from accel_train.observer import COMMIT_BEGUN, Observer
 from accel_train.training import checkpoint as module
-from accel_train.training.checkpoint import (
+from accel_train.training.callbacks import Callback
+from accel_train.training.checkpoint import derive_rank_seed, rng_digest
+from accel_train.training.manifest import (
     CheckpointError,
     NewerFormat,
-    derive_rank_seed,
     list_checkpoints,
     newest_sound,
-    rng_digest,
+    survey,
     verify,
+    write_manifest,
 )
 from accel_train.training.state import TrainingState
 from accel_train.training.trainer import Trainer
@@ -161,18 +166,169 @@ def test_another_thread_count_is_a_warning_and_recorded(train, caplog):
 def test_a_failed_save_leaves_the_earlier_checkpoint_intact(train, directory, monkeypatch):
     calls = []
 
-    def full(path):
+    def full(path, header):
         calls.append(path)
         if len(calls) > 1:
             raise OSError(28, "No space left on device")
+        write_manifest(path, header)
 
-    monkeypatch.setattr(module, "fsync_directory", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(module, "write_manifest", full)
+    with pytest.raises(CheckpointError, match=r"step 4 could not be written .* MB free.*No space left"):
         train(checkpoint=CheckpointConfig(every_steps=2))
     monkeypatch.undo()
     assert len(calls) == 2
+    assert not list(directory.glob(".tmp-*")), "what cannot be committed must not keep the disk full"
     assert newest_sound(directory) == directory / "step_0000002"
     assert train(checkpoint=CheckpointConfig(every_steps=2)).state.step == 15
+
+
+class Held(Observer):
+    """Keeps the commits of some checkpoints waiting at their begin."""
+
+    def __init__(self, *held: int) -> None:
+        self.free = threading.Event()
+        self._held, self._commits = held, 0
+
+    def reached(self, point: str) -> None:
+        if point == COMMIT_BEGUN:
+            self._commits += 1
+            if self._commits in self._held:
+                assert self.free.wait(30)
+
+
+class Noted(Callback):
+    """What stood on disk at which step, and which commits were reported."""
+
+    def __init__(self, directory: Path, act=lambda step: None) -> None:
+        self.directory, self.act = directory, act
+        self.seen: dict[int, list[int]] = {}
+        self.reported: list[tuple[int, str]] = []
+
+    def on_step_end(self, state) -> None:
+        self.act(state.step)
+        self.seen[state.step] = [step for step, _ in list_checkpoints(self.directory)]
+
+    def on_checkpoint(self, state, path) -> None:
+        assert verify(path) == []
+        self.reported.append((state.step, path.name))
+
+
+def test_training_goes_on_while_a_checkpoint_is_committed(train, directory):
+    held = Held(1)
+    noted = Noted(directory, lambda step: held.free.set() if step == 4 else None)
+    train(checkpoint=CheckpointConfig(every_steps=2, keep_last=9), callbacks=[noted], observer=held)
+    assert noted.seen[3] == [], "the loop waited for the commit"
+    assert [step for step, _ in list_checkpoints(directory)] == [2, 4, 5, 6, 8, 10, 12, 14, 15]
+    # Reported by the save after it, or at the end: when it stands for sure.
+    assert noted.reported[0] == (4, "step_0000002")
+    assert noted.reported[-1] == (15, "step_0000015")
+    assert [name for _, name in noted.reported] == [f"step_{s:07d}" for s in (2, 4, 5, 6, 8, 10, 12, 14, 15)]
+
+
+def test_a_save_waits_for_the_one_before(train, directory):
+    held = Held(1)
+    threading.Timer(0.5, held.free.set).start()
+    started = time.monotonic()
+    train(TrainingConfig(max_steps=2, batch_size=8), checkpoint=CheckpointConfig(every_steps=1), observer=held)
+    assert time.monotonic() - started > 0.4
+    assert [step for step, _ in list_checkpoints(directory)] == [1, 2]
+
+
+def test_a_commit_that_fails_ends_the_run_at_the_next_step_boundary(train, directory, monkeypatch):
+    """Not at the next save, which may be hours away."""
+    failed = threading.Event()
+
+    def full(path, header):
+        failed.set()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_manifest", full)
+    noted = Noted(directory, lambda step: failed.wait(30) if step == 21 else time.sleep(0.01))
+    forty_steps = TrainingConfig(max_epochs=1, batch_size=1)
+    with pytest.raises(CheckpointError, match="step 20 could not be written"):
+        train(forty_steps, checkpoint=CheckpointConfig(every_steps=20), callbacks=[noted])
+    assert 21 <= max(noted.seen) <= 25
+    assert list(directory.iterdir()) == []
+
+
+def test_a_run_that_fails_still_commits_the_save_in_flight(train, directory):
+    held = Held(1)
+
+    def fail(step):
+        if step == 3:
+            threading.Timer(0.3, held.free.set).start()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train(checkpoint=CheckpointConfig(every_steps=2), callbacks=[Noted(directory, fail)], observer=held)
+    assert newest_sound(directory) == directory / "step_0000002"
+
+
+def test_rotation_that_fails_costs_nothing_but_space(train, directory, monkeypatch, caplog):
+    def stuck(path, **_options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(module.shutil, "rmtree", stuck)
+    assert train(checkpoint=CheckpointConfig(keep_last=1)).state.step == 15
+    assert "step_0000005 could not be removed" in caplog.text
+    assert [step for step, _ in list_checkpoints(directory)] == [15]
+
+
+def test_verifying_sizes_alone_overlooks_a_flipped_byte_and_nothing_else(train, directory):
+    train()
+    sizes = CheckpointConfig(verify="size")
+    file = directory / "step_0000015" / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert verify(file.parent) == ["model.safetensors does not match its SHA-256"]
+    assert verify(file.parent, full=False) == []
+    assert train(checkpoint=sizes).state.resumes[-1]["step"] == 15
+    file.write_bytes(content[:-1])
+    assert verify(file.parent, full=False) == [
+        f"model.safetensors has {len(content) - 1} bytes instead of {len(content)}"
+    ]
+    assert train(checkpoint=sizes).state.resumes[-1]["step"] == 10
+
+
+def test_when_all_are_damaged_a_restart_must_be_asked_for(train, directory, caplog):
+    expected = train().state.train_loss
+    for _, path in list_checkpoints(directory):
+        (path / "optimizer.bin").unlink()
+    again = train(restart=True)
+    assert "starts over at step 0" in caplog.text
+    assert (again.state.resumes, again.state.train_loss) == ([], expected)
+    assert len(list(directory.glob(".damaged-*"))) == 3
+    assert [step for step, _ in list_checkpoints(directory)] == [5, 10, 15]
+
+
+@pytest.mark.parametrize("field", ["files", "rng", "step"])
+def test_a_manifest_without_a_field_is_damage_even_when_its_digest_holds(train, directory, field):
+    train()
+    path = directory / "step_0000015" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["self_sha256"], manifest[field]
+    manifest["self_sha256"] = hashlib.sha256(canonical_json(manifest).encode()).hexdigest()
+    path.write_text(json.dumps(manifest))
+    assert verify(path.parent) == [f"{path} has no usable field {field!r}"]
+    assert train().state.resumes[-1]["step"] == 10
+
+
+def test_a_survey_tells_the_sound_from_the_damaged_and_the_set_aside(train, directory):
+    train()
+    (directory / "step_0000005").rename(directory / ".damaged-step_0000005-ab12")
+    file = directory / "step_0000010" / "scheduler.bin"
+    file.write_bytes(bytes(len(file.read_bytes())))
+    quick, thorough = survey(directory), survey(directory, full=True)
+    assert [(c.name, c.problems, c.set_aside) for c in quick] == [
+        ("step_0000010", [], False),
+        ("step_0000015", [], False),
+        (".damaged-step_0000005-ab12", [], True),
+    ]
+    assert [c.problems for c in thorough] == [["scheduler.bin does not match its SHA-256"], [], []]
+    newest = quick[1]
+    assert (newest.step, newest.epoch, newest.world_size) == (15, 3, 1)
+    assert newest.size == sum(f.stat().st_size for f in (directory / "step_0000015").iterdir())
+    assert survey(directory / "missing") == []
 
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: torch.rand(1)])

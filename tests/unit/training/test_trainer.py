@@ -16,9 +16,9 @@ from accel_train.config import CheckpointConfig, ConfigError, TrainingConfig
 from accel_train.data.order import GlobalBatchSampler
 from accel_train.interrupt import Interrupted
 from accel_train.training.callbacks import Callback
-from accel_train.training.checkpoint import list_checkpoints
 from accel_train.training.diagnosis import NonFinite
 from accel_train.training.losses import next_token_cross_entropy
+from accel_train.training.manifest import list_checkpoints
 from accel_train.training.runtime import build_accelerator
 from accel_train.training.schedule import cosine_with_warmup, warmup_steps
 from accel_train.training.trainer import Preempted, Trainer
@@ -141,8 +141,8 @@ def test_callbacks_come_in_order(tiny_model, tiny_dataset, tmp_path):
         ("step_end", 2),
         ("log", 2),
         ("evaluate", 2),
-        ("checkpoint", 2),
         ("epoch_end", 1),
+        ("checkpoint", 2),
         ("train_end", 2),
     ]
 

@@ -37,6 +37,37 @@ report(step=state.step, stopped=state.stopped, evaluations=[e["passed"] for e in
     assert outputs == [[{"step": 10, "stopped": True, "evaluations": [False, True]}]] * 2
 
 
+def test_a_commit_that_fails_on_the_main_process_ends_both_at_the_next_step(tmp_path) -> None:
+    """The other rank learns why, although no save or evaluation is near."""
+    body = f"""
+import threading, time
+from accel_train.config import CheckpointConfig
+from accel_train.training import checkpoint
+from accel_train.training.callbacks import Callback
+from accel_train.training.coordination import PeerFailed
+from accel_train.training.manifest import CheckpointError
+failed = threading.Event()
+def full(path, header):
+    failed.set()
+    raise OSError(28, "No space left on device")
+checkpoint.write_manifest = full
+class Slowly(Callback):
+    def on_step_end(self, state):
+        failed.wait(30) if rank == 0 and state.step == 11 else time.sleep(0.01)
+config, saving = TrainingConfig(max_epochs=1, batch_size=2), CheckpointConfig(every_steps=10)
+trainer = Trainer(model, dataset, config, run_dir={str(tmp_path)!r}, checkpoint=saving, callbacks=[Slowly()])
+try:
+    trainer.fit()
+except (CheckpointError, PeerFailed) as error:
+    report(kind=type(error).__name__, step=trainer.state.step, told="No space left" in str(error))
+"""
+    first, second = finish(start_ranks(PRELUDE + body + END, 2, **CPU))
+    assert (first[0]["kind"], second[0]["kind"]) == ("CheckpointError", "PeerFailed")
+    assert first[0]["told"]
+    assert second[0]["told"]
+    assert first[0]["step"] == second[0]["step"] <= 15
+
+
 @pytest.mark.parametrize("poison", ["loss * torch.nan", "loss + torch.inf"])
 def test_a_bad_loss_on_one_rank_stops_both_at_its_step(poison: str) -> None:
     """An infinite constant leaves this rank's own gradients finite: only the agreement shows it to the other."""
