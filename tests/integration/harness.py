@@ -62,19 +62,21 @@ def environment(**extra: str | None) -> dict[str, str]:
     return env | {name: value for name, value in ours.items() if value is not None}
 
 
-def command(config: Path, world: int, *arguments: str) -> list[str]:
+def command(config: Path, world: int, *arguments: str, script: Path = SCRIPT) -> list[str]:
     """``python scripts/train.py`` for 0 processes, ``accelerate launch`` for one and more."""
-    script = [str(SCRIPT), "--config", str(config), *arguments]
+    script_line = [str(script), "--config", str(config), *arguments]
     if world == 0:
-        return [sys.executable, *script]
+        return [sys.executable, *script_line]
     if world == 1:
-        return [*ACCELERATE, *script]
-    return [*ACCELERATE, "--multi_gpu", "--num_processes", str(world), "--main_process_port", "0", *script]
+        return [*ACCELERATE, *script_line]
+    return [*ACCELERATE, "--multi_gpu", "--num_processes", str(world), "--main_process_port", "0", *script_line]
 
 
-def launch(config: Path, world: int, *arguments: str, **env: str | None) -> subprocess.Popen[str]:
+def launch(
+    config: Path, world: int, *arguments: str, script: Path = SCRIPT, **env: str | None
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command(config, world, *arguments),
+        command(config, world, *arguments, script=script),
         env=environment(**env),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -84,10 +86,16 @@ def launch(config: Path, world: int, *arguments: str, **env: str | None) -> subp
 
 
 def run(
-    config: Path, world: int, *arguments: str, expect: int | None = 0, timeout: float = 150, **env: str | None
+    config: Path,
+    world: int,
+    *arguments: str,
+    script: Path = SCRIPT,
+    expect: int | None = 0,
+    timeout: float = 150,
+    **env: str | None,
 ) -> str:
     """Launch and wait; returns the output."""
-    process = launch(config, world, *arguments, **env)
+    process = launch(config, world, *arguments, script=script, **env)
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

@@ -1,0 +1,120 @@
+"""Launches with a fault inside, and what must hold after every one of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from harness import TINY, descendants, kill_tree, launch, metrics, outcome, record, run, run_dir, write_config
+
+from accel_train.training.manifest import list_checkpoints, verify
+
+SCRIPT = Path(__file__).with_name("faulty_train.py")
+
+slow = pytest.mark.slow
+EVERY = TINY["checkpoint"]["every_steps"]
+
+
+def fault(point: str, mark: Path, do: str = "kill", **details: Any) -> str:
+    """The value of ``FAULT`` for :mod:`faulty_train`."""
+    return json.dumps({"point": point, "mark": str(mark), "do": do, **details})
+
+
+def start(config: Path, world: int, *arguments: str, **env: str | None) -> subprocess.Popen[str]:
+    """Launch :mod:`faulty_train`; ``FAULT=fault(...)`` says what is to go wrong."""
+    return launch(config, world, *arguments, script=SCRIPT, **env)
+
+
+def train(config: Path, world: int, *arguments: str, expect: int | None = 0, **env: str | None) -> str:
+    """Launch :mod:`faulty_train` and wait; returns the output."""
+    return run(config, world, *arguments, script=SCRIPT, expect=expect, **env)
+
+
+def configured(directory: Path, *layers: dict[str, Any], results: str = "results") -> tuple[Path, Path]:
+    """``(configuration file, output directory)`` of a tiny run in ``directory``."""
+    out = directory / results
+    return write_config(directory / f"{results}.yaml", TINY, {"output_dir": str(out)}, *layers), out
+
+
+def undisturbed(world: int, directory: Path, *layers: dict[str, Any]) -> dict[str, Any]:
+    """What a run that nothing happens to ends with (see ``harness.outcome``), computed once per set of arguments."""
+    key = json.dumps([world, layers], sort_keys=True)
+    if key not in _undisturbed:
+        config, results = configured(directory, *layers, results="undisturbed")
+        train(config, world)
+        _undisturbed[key] = outcome(results)
+    return _undisturbed[key]
+
+
+_undisturbed: dict[str, dict[str, Any]] = {}
+
+
+def check_intact(results: Path) -> None:
+    """What holds at any moment between two launches."""
+    path = run_dir(results)
+    for _, checkpoint in list_checkpoints(path / "checkpoints"):
+        assert verify(checkpoint) == [], f"{checkpoint} counts, but is not sound"
+    leftovers = [p.name for p in (path / "checkpoints").glob(".tmp-*")]
+    assert len([name for name in leftovers if "rotated" not in name]) <= 1, leftovers
+
+
+def check_finished_like(results: Path, expected: dict[str, Any], *, launches: int = 2) -> None:
+    """A run that was disturbed and is completed: the same bits, nothing twice, nothing left over."""
+    assert outcome(results) == expected
+    path, found = run_dir(results), record(results)
+    assert found["status"] == "completed"
+    assert found["provenance"]["launches"] == launches
+    lines = Counter((line["step"], "gate_passed" in line) for line in metrics(results))
+    assert max(lines.values()) == 1, f"twice in metrics.jsonl: {[k for k, n in lines.items() if n > 1]}"
+    assert not list((path / "checkpoints").glob(".tmp-*"))
+    assert len(list_checkpoints(path / "checkpoints")) <= TINY["checkpoint"]["keep_last"] + 1
+    log = (path / "logs" / "rank_0.log").read_text()
+    for number in range(2, launches + 1):
+        assert log.count(f"launch {number}, rank 0") == 1, "one log per rank, appended by every launch"
+
+
+@dataclass(frozen=True)
+class End:
+    """How a launch ended."""
+
+    code: int
+    output: str
+    seconds: float
+    """From the signal to the death of its last process."""
+
+
+def signalled(process: subprocess.Popen[str], send: Any, *, patience: float = 60) -> End:
+    """Call ``send(process, workers)``, then wait until the launch and everything it started are gone."""
+    workers = descendants(process.pid)
+    try:
+        started = time.monotonic()
+        send(process, workers)
+        output, _ = process.communicate(timeout=patience)
+        _, alive = psutil.wait_procs(workers, timeout=max(0.1, patience - (time.monotonic() - started)))
+        assert not alive, f"left behind: {alive}"
+        return End(process.returncode, output, time.monotonic() - started)
+    finally:
+        for each in [*workers, *([psutil.Process(process.pid)] if process.poll() is None else [])]:
+            if each.is_running():
+                kill_tree(each.pid)
+
+
+def ranks_of(workers: list[psutil.Process]) -> dict[int, psutil.Process]:
+    """Rank -> process."""
+    found = {}
+    for worker in workers:
+        try:
+            rank = worker.environ().get("RANK")
+        except psutil.Error:
+            continue
+        # A rank's own children (data loading) carry the same environment.
+        if rank is not None and int(rank) not in found:
+            found[int(rank)] = worker
+    return found

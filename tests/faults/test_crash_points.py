@@ -1,0 +1,68 @@
+"""SIGKILL at every point of a run where it would hurt: the same command finishes with the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from faults import EVERY, check_finished_like, check_intact, configured, fault, slow, train, undisturbed
+from harness import record, run_dir
+
+from accel_train import observer
+from accel_train.training.manifest import list_checkpoints
+
+# How often the point is passed before the kill, so that checkpoints exist by then.
+LATER = {
+    observer.STEP_DONE: 25,
+    observer.EVALUATION_BEGUN: 2,
+    observer.SAVE_BEGUN: 9,
+    observer.SAVE_HALF_WRITTEN: 9,
+    observer.SAVE_WRITTEN: 9,
+    observer.COMMIT_BEGUN: 9,
+    observer.COMMIT_SEALED: 9,
+    observer.COMMIT_RENAMED: 9,
+    observer.ROTATION_RENAMED: 5,
+    observer.RECORD_WRITTEN_ASIDE: 3,
+}
+CASES = [
+    *[(point, number, 0, 1) for point, number in LATER.items()],
+    *[(point, number, 0, 2) for point, number in LATER.items()],
+    *[(point, 1, 0, world) for point in (observer.CORPUS_BEGUN, observer.CORPUS_BUILT) for world in (1, 2)],
+    # Before the first checkpoint ever.
+    *[
+        (point, 1, 0, 2)
+        for point in (observer.SAVE_HALF_WRITTEN, observer.COMMIT_SEALED, observer.RECORD_WRITTEN_ASIDE)
+    ],
+    *[(point, LATER[point], 1, 2) for point in (observer.STEP_DONE, observer.SAVE_BEGUN, observer.SAVE_WRITTEN)],
+    *[(point, LATER[point], 2, 3) for point in (observer.STEP_DONE, observer.SAVE_WRITTEN)],
+    *[(point, LATER[point], 0, 3) for point in (observer.EVALUATION_BEGUN, observer.COMMIT_SEALED)],
+]
+QUICK = {(observer.SAVE_HALF_WRITTEN, 9, 0, 1), (observer.COMMIT_SEALED, 9, 0, 2)}
+
+
+@pytest.mark.parametrize(
+    ("point", "number", "rank", "world"), [pytest.param(*c, marks=() if c in QUICK else slow) for c in CASES]
+)
+def test_a_run_killed_at_any_point_ends_with_the_same_bits(
+    tmp_path: Path, point: str, number: int, rank: int, world: int
+) -> None:
+    expected = undisturbed(world, tmp_path)
+    config, results = configured(tmp_path)
+    mark = tmp_path / "killed"
+
+    output = train(config, world, expect=None, FAULT=fault(point, mark, number=number, rank=rank))
+
+    assert mark.exists(), f"{point} was never reached: {output}"
+    path = run_dir(results)
+    before = list_checkpoints(path / "checkpoints")
+    if (path / "checkpoints").exists():
+        check_intact(results)
+    if (path / "result.json").exists():
+        assert record(results)["status"] == "running"
+    train(config, world)
+    check_finished_like(results, expected)
+    resumes = record(results)["provenance"]["resumes"]
+    if before:
+        assert resumes[0]["step"] == before[-1][0], "the newest committed checkpoint is where it goes on"
+    if point == observer.STEP_DONE:
+        assert number - resumes[0]["step"] <= 2 * EVERY, "more work lost than the saves in flight"
