@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+KILLS ?= 200
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint clean
+.PHONY: help setup train test faults faults-net storm lint clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## build .venv with the pinned packages (python >= 3.11)
 
@@ -18,6 +19,15 @@ train: setup ## train the quick walk run to a passed gate, on whatever device th
 
 test: setup ## run every test but the slow lanes
 	$(BIN)/pytest -n 2 -m "not slow and not gpu"
+
+faults: setup ## inject every fault into real processes (about 20 minutes)
+	$(BIN)/pytest tests/faults -n 2 -m "not gpu" --ignore tests/faults/test_slurm.py --ignore tests/faults/test_net.py
+
+faults-net: setup ## cut the link between two machines (Linux, root; one to three minutes)
+	$(BIN)/pytest tests/faults/test_net.py -m slow
+
+storm: setup ## kill runs KILLS times (200) at random moments; their bits must not change
+	$(BIN)/python tests/faults/storm.py --kills $(KILLS)
 
 lint: setup ## check style and types
 	$(BIN)/ruff check .

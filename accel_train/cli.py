@@ -38,6 +38,7 @@ from accel_train.record import (
     run_status,
     strict_json,
 )
+from accel_train.training.preemption import ask_for_sigterm_when_launcher_dies
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 LAST_WORDS_SECONDS = 10.0
@@ -65,6 +66,8 @@ def train_main(
         observer: hears of every point at which a fault may fall.
     """
     options = list(sys.argv[1:] if argv is None else argv)
+    # Before the seconds of importing torch: a launcher that dies in them takes this process along.
+    ask_for_sigterm_when_launcher_dies()
 
     def run() -> int:
         config, earlier = parse_config(options)

@@ -15,7 +15,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -41,7 +41,7 @@ from accel_train.rundir import CONFIG_FILE, RunDirectory, RunLog, dump_config, r
 from accel_train.tasks.base import Task
 from accel_train.tasks.walks import CorpusError, WalksTask
 from accel_train.training.callbacks import Callback, LoopState
-from accel_train.training.coordination import Coordinator, LostPeer, PeerFailed
+from accel_train.training.coordination import Coordinator, LostPeer, PeerFailed, first_line, is_lost_peer
 from accel_train.training.diagnosis import NonFinite
 from accel_train.training.hooks import Hooks, build_hooks
 from accel_train.training.manifest import CheckpointError, list_checkpoints, newest_sound, read_manifest, verify
@@ -79,8 +79,15 @@ def run(
     stop = StopSignal()
     with stop.installed(until_exit=True):
         stop.die_with_launcher()
-        accelerator = build_accelerator(config.training, log_with=config.tracking.log_with, log_dir=config.output_dir)
-        coordinator = Coordinator(stop, config.training.timeout_seconds)
+        try:
+            tracking = config.tracking.log_with
+            accelerator = build_accelerator(config.training, log_with=tracking, log_dir=config.output_dir)
+            coordinator = Coordinator(stop, config.training.timeout_seconds)
+        except RuntimeError as error:
+            if not is_lost_peer(error):
+                raise
+            log.error("accel-train: error: a process was gone before all had met (%s)", first_line(error))
+            return EXIT_FAILED
         run_log = RunLog(coordinator.rank)
         try:
             experiment = _Experiment(config, earlier, accelerator, coordinator, command, run_log, observer)
@@ -125,11 +132,7 @@ class _Experiment:
             self.say("stopped", "at once, by a second interrupt; the same command goes on from the last checkpoint")
             return EXIT_PREEMPTED
         except LostPeer as error:
-            log.error("%s", self.coordinator.name_the_lost(error))
-            # The process group is beyond an orderly shutdown: leave before its destructors wait.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(EXIT_FAILED)
+            self._leave_without(error)
         except PeerFailed as error:
             log.error("%s", error)
             code = _CODE_OF_PEER.get(error.kind, EXIT_FAILED)
@@ -148,15 +151,26 @@ class _Experiment:
             self._leave("failed", f"{type(error).__name__}: {error}")
             return EXIT_FAILED
         except Exception as error:
+            if self.coordinator.world_size > 1 and is_lost_peer(error):
+                # In a collective outside the loop, such as the comparison of all ranks' parameters.
+                self._leave_without(LostPeer(f"another rank is gone ({first_line(error)})"))
             self.coordinator.announce_failure(error)
             log.exception("unexpected failure")
-            if not self.coordinator.is_main:  # whose log goes to its file alone
+            if not self.run_log.is_on_screen:
                 traceback.print_exc()
             self._leave("failed", f"{type(error).__name__}: {error}")
             return EXIT_FAILED
         finally:
             self.progress.close()
             self.directory.close()
+
+    def _leave_without(self, error: LostPeer) -> NoReturn:
+        """Leave at once: nothing can be agreed any more, so nothing is saved and the record stays ``running``."""
+        log.error("%s", self.coordinator.name_the_lost(error))
+        # The process group is beyond an orderly shutdown: leave before its destructors wait.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_FAILED)
 
     def _run(self) -> int:
         # Before anything is written: a hook or weights that do not fit are the user's to mend.

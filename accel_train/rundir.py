@@ -196,7 +196,10 @@ def read_config(path: Path) -> ExperimentConfig:
 
 
 class RunLog:
-    """What the package logs in one launch: to ``logs/rank_N.log``, and warnings of rank 0 to stderr.
+    """What the package logs in one launch: to ``logs/rank_N.log``, and some of it to stderr.
+
+    There go the warnings of rank 0, and the errors of every other machine's first rank: what rank 0
+    says is not seen on that machine's screen.
 
     Args:
         rank: of this process.
@@ -206,8 +209,11 @@ class RunLog:
         self._rank = rank
         self._logger = logging.getLogger("accel_train")
         self._handlers: list[logging.Handler] = []
+        self.is_on_screen = os.environ.get("LOCAL_RANK", str(rank)) == "0"
+        """Whether errors of this process are shown."""
         # Without any handler Python would print the warnings of every rank.
-        self._add(ConsoleHandler(logging.WARNING) if rank == 0 else logging.NullHandler())
+        console = ConsoleHandler(logging.WARNING if rank == 0 else logging.ERROR)
+        self._add(console if self.is_on_screen else logging.NullHandler())
 
     def open(self, run_dir: Path, launch: int) -> None:
         """Append to the rank's file in ``run_dir`` from here on."""

@@ -45,7 +45,7 @@ from accel_train.observer import (
     SILENT,
     Observer,
 )
-from accel_train.training.coordination import Coordinator
+from accel_train.training.coordination import Coordinator, is_lost_peer
 from accel_train.training.manifest import (
     TEMPORARY,
     CheckpointError,
@@ -198,6 +198,8 @@ class Checkpointer:
         try:
             self._accelerator.save_state(str(temporary), safe_serialization=True)
         except (OSError, RuntimeError, SafetensorError) as error:
+            if is_lost_peer(error):
+                raise
             # A full disk comes as any of these. What was written would only keep it full.
             raise self._given_up(temporary, state.step, error) from error
         finally:

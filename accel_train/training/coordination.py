@@ -7,8 +7,9 @@ Two mechanisms, because a rank blocked inside a collective cannot run a Python s
   hides behind the step's arithmetic;
 * around everything that only the main process does (corpus, evaluation, commit of a
   checkpoint), polling of a key-value store: waiting ranks post their stop
-  flags there, the main process posts a heartbeat and its result. Nobody sits in a collective,
-  so signals are seen at once and a long evaluation cannot run into the group's timeout.
+  flags there, the main process its result, and all of them heartbeats. Nobody sits in a
+  collective, so signals are seen at once and a long evaluation cannot run into the group's
+  timeout; a rank that dies or is cut off meanwhile is missed after that time all the same.
 
 With one process all of it is a local flag.
 """
@@ -19,9 +20,11 @@ import itertools
 import json
 import logging
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar, cast
@@ -48,7 +51,16 @@ _GO_ON, _STOP, _FAILED = 0.0, 1.0, 2.0
 
 
 class LostPeer(RuntimeError):
-    """Another rank is gone or silent: nothing may be saved, the process must leave."""
+    """Another rank is gone or silent: nothing may be saved, the process must leave.
+
+    Args:
+        message: what was waited for, and whom, where that is known.
+        is_named: whether ``message`` says which rank it is.
+    """
+
+    def __init__(self, message: str, *, is_named: bool = False) -> None:
+        self.is_named = is_named
+        super().__init__(message)
 
 
 class PeerFailed(RuntimeError):
@@ -66,15 +78,58 @@ class PeerFailed(RuntimeError):
         super().__init__(f"rank {rank} failed (waiting for '{phase}'): {kind}: {message}")
 
 
+_LOST_PEER_SIGNS = (
+    "connection closed",
+    "connection reset",
+    "connection refused",
+    "timed out",
+    "broken pipe",
+    "nccl",
+    "gloo",
+    "recv operation",
+)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone: backends say so in words only."""
+    theirs = dist.is_available() and (type(error) is RuntimeError or isinstance(error, dist.DistError))
+    return theirs and any(sign in str(error).lower() for sign in _LOST_PEER_SIGNS)
+
+
+class _Caller(threading.Thread):
+    """Makes calls that may never return, one after the other, so that whoever wants the answer can give up."""
+
+    def __init__(self) -> None:
+        super().__init__(name="store", daemon=True)
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            call, answer = self._calls.get()
+            try:
+                answer.set_result(call())
+            except BaseException as error:
+                answer.set_exception(error)
+
+    def call(self, call: Callable[[], T], timeout_seconds: float) -> T:
+        answer: Future[T] = Future()
+        self._calls.put((call, answer))
+        return answer.result(timeout_seconds)
+
+
 class _Board:
     """The key-value store that ranks poll: a server inside rank 0.
 
     The process group's own store lives in the launcher, and a launcher that is killed would take
-    it along; this one lives as long as the ranks need each other. A failing access means that
-    rank 0 is gone.
+    it along; this one lives as long as the ranks need each other. An access that fails, or that
+    has no answer in time, means that rank 0 is gone: over a link that lost its packets the store
+    itself would wait for ever, deaf to signals.
     """
 
     def __init__(self, rank: int, timeout_seconds: float) -> None:
+        self._timeout = timeout_seconds
+        self.phase = "start"
         exchange = dist.distributed_c10d._get_default_store()
         address_key, timeout = f"accel_train/board{next(_boards)}", timedelta(seconds=timeout_seconds)
         host = os.environ.get("MASTER_ADDR", "localhost")
@@ -83,28 +138,36 @@ class _Board:
         self._store = dist.TCPStore(  # type: ignore[attr-defined] # exported, but not by name
             host, port, is_master=serves, wait_for_workers=False, timeout=timeout
         )
+        self._caller = None if serves else _Caller()
         if serves:
             exchange.set(address_key, str(self._store.port))
 
+    def give_up_after(self, seconds: float) -> None:
+        """From now on wait so long for an answer."""
+        self._timeout = seconds
+
     def set(self, key: str, value: str) -> None:
-        with _lost_if_it_fails():
-            self._store.set(key, value)
+        self._ask(lambda: self._store.set(key, value))
 
     def get(self, key: str) -> str:
-        with _lost_if_it_fails():
-            return bytes(self._store.get(key)).decode()
+        return self._ask(lambda: bytes(self._store.get(key)).decode())
 
     def has(self, key: str) -> bool:
-        with _lost_if_it_fails():
-            return bool(self._store.check([key]))
+        return self._ask(lambda: bool(self._store.check([key])))
 
-
-@contextmanager
-def _lost_if_it_fails() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise LostPeer(f"rank 0 is gone ({_first_line(error)})") from error
+    def _ask(self, access: Callable[[], T]) -> T:
+        try:
+            return access() if self._caller is None else self._caller.call(access, self._timeout)
+        except TimeoutError as error:
+            raise LostPeer(
+                f"rank 0 has not answered for {self._timeout:g} s (waiting for '{self.phase}'): "
+                "it or the link to its machine is down",
+                is_named=True,
+            ) from error
+        except RuntimeError as error:
+            raise LostPeer(
+                f"rank 0 is gone (waiting for '{self.phase}'): {first_line(error)}", is_named=True
+            ) from error
 
 
 class Coordinator:
@@ -166,7 +229,7 @@ class Coordinator:
         try:
             work.wait()
         except RuntimeError as error:
-            raise LostPeer(f"another rank is gone (stop agreement failed: {_first_line(error)})") from error
+            raise LostPeer(f"another rank is gone (stop agreement failed: {first_line(error)})") from error
         answer = self._flag.item()
         if answer == _FAILED:
             if self._failure is not None:
@@ -192,6 +255,7 @@ class Coordinator:
         if self.world_size == 1:
             return work(lambda: self.stop.requested)
         self._sequence += 1
+        self._store.phase = name
         key = f"phase{self._sequence}"
         result = self._lead(key, name, work) if self.is_main else self._follow(key, name)
         return cast(T, result)
@@ -202,13 +266,14 @@ class Coordinator:
             notice = {"rank": self.rank, "error": str(error), "kind": type(error).__name__}
             try:
                 self._store.set("failure", json.dumps(notice))
-            except LostPeer:
-                log.warning("the other ranks could not be told of the failure: rank 0 is gone")
+            except LostPeer as lost:
+                log.warning("the other ranks could not be told of the failure: %s", lost)
 
     def name_the_lost(self, error: LostPeer) -> str:
         """``error`` in words, with the ranks that do not answer a last call of a few seconds."""
-        if self.world_size == 1:
+        if error.is_named:
             return str(error)
+        self._store.give_up_after(_ROLL_CALL_SECONDS)
         try:
             silent = self._call_the_roll()
         except LostPeer:
@@ -244,6 +309,7 @@ class Coordinator:
         if self.world_size == 1:
             return [value]
         self._sequence += 1
+        self._store.phase = name
         key = f"gather{self._sequence}"
         self._store.set(f"{key}/{self.rank}", json.dumps(value))
         self._await_ranks(key, name)
@@ -257,7 +323,7 @@ class Coordinator:
     def _lead(self, key: str, name: str, work: Callable[[Callable[[], bool]], T]) -> T:
         try:
             with self._heartbeat(key):
-                result = work(self._stop_reader(key))
+                result = work(self._stop_reader(key, name))
         except BaseException as error:
             outcome = {"error": str(error), "kind": type(error).__name__, "interrupted": isinstance(error, Interrupted)}
             self._store.set(f"{key}/outcome", json.dumps(outcome))
@@ -273,7 +339,11 @@ class Coordinator:
 
     def _follow(self, key: str, name: str) -> Any:
         posted, beat, seen_at = False, "", time.monotonic()
+        own_beats, next_beat = 0, 0.0
         while not self._store.has(f"{key}/outcome"):
+            if time.monotonic() >= next_beat:
+                own_beats, next_beat = own_beats + 1, time.monotonic() + _HEARTBEAT_SECONDS
+                self._store.set(f"{key}/beat/{self.rank}", str(own_beats))
             if self.stop.requested and not posted:
                 self._store.set(f"{key}/stop", str(self.rank))
                 posted = True
@@ -284,7 +354,7 @@ class Coordinator:
             if self._store.has("failure") and not self._store.has(f"{key}/outcome"):
                 self._raise_announced(name)
             if time.monotonic() - seen_at > self.timeout:
-                raise LostPeer(f"rank 0 has been silent for {self.timeout:g} s in '{name}'")
+                raise LostPeer(f"rank 0 has been silent for {self.timeout:g} s in '{name}'", is_named=True)
             time.sleep(_POLL_SECONDS)
         outcome = json.loads(self._store.get(f"{key}/outcome"))
         self._store.set(f"{key}/{self.rank}", "ready")
@@ -294,17 +364,31 @@ class Coordinator:
             raise PeerFailed(0, name, outcome["error"], outcome["kind"])
         return outcome["value"]
 
-    def _stop_reader(self, key: str) -> Callable[[], bool]:
-        """``should_stop`` for the main process: its own flag, and at intervals everybody's."""
-        next_look = 0.0
+    def _stop_reader(self, key: str, name: str) -> Callable[[], bool]:
+        """``should_stop`` for the main process: its own flag, and at intervals everybody's.
+
+        It raises :class:`LostPeer` when a waiting rank has been silent for longer than the timeout: work
+        that takes hours must not go on for ranks that are gone.
+        """
+        next_look = next_count = 0.0
+        beats = {rank: ("", time.monotonic()) for rank in range(1, self.world_size)}
 
         def should_stop() -> bool:
-            nonlocal next_look
+            nonlocal next_look, next_count
             now = time.monotonic()
             if not self.stop.requested and now >= next_look:
                 next_look = now + _FLAG_POLL_SECONDS
                 if self._store.has(f"{key}/stop"):
                     self.stop.request(f"a signal to rank {self._store.get(f'{key}/stop')}")
+            if now >= next_count:
+                next_count = now + _HEARTBEAT_SECONDS
+                for rank, (beat, seen_at) in beats.items():
+                    beat_key = f"{key}/beat/{rank}"
+                    newest = self._store.get(beat_key) if self._store.has(beat_key) else ""
+                    if newest != beat:
+                        beats[rank] = (newest, now)
+                    elif now - seen_at > self.timeout:
+                        raise LostPeer(f"rank {rank} has been silent for {self.timeout:g} s in '{name}'", is_named=True)
             return self.stop.requested
 
         return should_stop
@@ -342,9 +426,11 @@ class Coordinator:
             if failed:
                 self._raise_announced(name)
             if time.monotonic() > deadline:
-                raise LostPeer(f"rank {missing} did not arrive at '{name}' within {self.timeout:g} s")
+                late = f"rank {missing} did not arrive at '{name}' within {self.timeout:g} s"
+                raise LostPeer(late, is_named=True)
             time.sleep(_POLL_SECONDS / 5)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of what ``error`` says, or its kind."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

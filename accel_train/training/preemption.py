@@ -74,13 +74,22 @@ class StopSignal:
         Without this a launcher killed with SIGKILL leaves its workers running. Not armed when
         the script was started by hand, so that ``nohup`` and ``disown`` keep working.
         """
-        if not _under_launcher() or not sys.platform.startswith("linux"):
-            return
-        parent = os.getppid()
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        # The launcher may have died before the request was registered.
-        if os.getppid() != parent or parent == 1:
+        if ask_for_sigterm_when_launcher_dies():
             self.request("death of the launcher")
+
+
+def ask_for_sigterm_when_launcher_dies() -> bool:
+    """What :meth:`StopSignal.die_with_launcher` asks of the kernel; returns whether the launcher is dead already.
+
+    To be called as early as possible too: where orphans get another parent than process 1, a launcher
+    that died before the first call goes unnoticed.
+    """
+    if not _under_launcher() or not sys.platform.startswith("linux"):
+        return False
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    # The launcher may have died before the request was registered.
+    return os.getppid() != parent or parent == 1
 
 
 def _under_launcher() -> bool:

@@ -29,7 +29,7 @@ from accel_train.interrupt import Interrupted
 from accel_train.observer import EVALUATION_BEGUN, SILENT, STEP_DONE, Observer
 from accel_train.training.callbacks import Callback, LoopState, overriding
 from accel_train.training.checkpoint import Checkpointer, derive_rank_seed
-from accel_train.training.coordination import Coordinator, LostPeer, PeerFailed
+from accel_train.training.coordination import Coordinator, LostPeer, PeerFailed, first_line, is_lost_peer
 from accel_train.training.diagnosis import NonFinite, first_bad_tensor
 from accel_train.training.hooks import Hooks
 from accel_train.training.ledger import Ledger
@@ -56,16 +56,6 @@ Evaluator = Callable[[nn.Module, LoopState, Callable[[], bool]], dict[str, Any]]
 """``evaluator(model, loop_state, should_stop)``: called on the main process with the unwrapped
 model; returns JSON values. ``"passed": True`` marks the checkpoint to keep, ``"stop": True`` ends
 training. The training's random states are put back after it."""
-
-_LOST_PEER_SIGNS = (
-    "connection closed",
-    "connection reset",
-    "timed out",
-    "broken pipe",
-    "nccl",
-    "gloo",
-    "recv operation",
-)
 
 
 class Preempted(Exception):
@@ -230,8 +220,9 @@ class Trainer:
             except (Preempted, NonFinite, LostPeer, PeerFailed):
                 raise  # outcomes that all ranks share, or know of
             except Exception as error:
-                if self.plan.world_size > 1 and _is_lost_peer(error):
-                    raise LostPeer(f"another rank is gone: {str(error).strip().splitlines()[0]}") from error
+                if self.plan.world_size > 1 and is_lost_peer(error):
+                    where = f"no answer in step {self.state.step + 1}"
+                    raise LostPeer(f"another rank is gone: {where} ({first_line(error)})") from error
                 self._coordinator.announce_failure(error)
                 raise
             finally:
@@ -517,8 +508,3 @@ class Trainer:
         rank, first = next(((r, f) for r, f in enumerate(findings) if f), (0, None))
         where = f"{first} on rank {rank}" if first else "nothing non-finite in a replay of its batch"
         return NonFinite(step + 1, where)
-
-
-def _is_lost_peer(error: Exception) -> bool:
-    ours = isinstance(error, NonFinite | CheckpointError)
-    return isinstance(error, RuntimeError) and not ours and any(sign in str(error).lower() for sign in _LOST_PEER_SIGNS)

@@ -11,6 +11,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from ranks import finish, start_ranks
 
@@ -169,6 +170,64 @@ except LostPeer as error:
     assert victim.wait() == -signal.SIGKILL
     assert survivor.returncode == 0, err
     assert json.loads(out.splitlines()[-1]) == {"lost": "another rank is gone"}
+
+
+def test_a_frozen_main_process_does_not_hang_those_that_wait_for_it():
+    body = """
+def work(should_stop):
+    report(pid=os.getpid())
+    time.sleep(60)
+try:
+    coordinator.main_phase("evaluation", work)
+except LostPeer as error:
+    report(text=str(error))
+    sys.stdout.flush()
+    os._exit(0)
+"""
+    main, other = start(body, 2, TIMEOUT="1.5")
+    try:
+        assert json.loads(main.stdout.readline()) == {"pid": main.pid}
+        # Like a link that lost its packets: the connection stands, and nobody answers.
+        main.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        out, err = other.communicate(timeout=30)
+        assert time.monotonic() - began < 10
+        assert psutil.Process(main.pid).status() == psutil.STATUS_STOPPED
+    finally:
+        main.kill()
+        main.wait()
+    assert other.returncode == 0, err
+    assert json.loads(out)["text"].startswith("rank 0 has not answered for 1.5 s (waiting for 'evaluation')")
+
+
+def test_work_on_the_main_process_ends_when_a_waiting_rank_goes_silent():
+    body = """
+def work(should_stop):
+    report(going=True)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        should_stop()
+        time.sleep(0.01)
+try:
+    coordinator.main_phase("evaluation", work)
+except LostPeer as error:
+    report(text=str(error))
+    sys.stdout.flush()
+    os._exit(0)
+"""
+    main, other = start(body, 2, TIMEOUT="1.5")
+    try:
+        assert json.loads(main.stdout.readline()) == {"going": True}
+        other.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        out, err = main.communicate(timeout=30)
+        assert time.monotonic() - began < 10
+        assert psutil.Process(other.pid).status() == psutil.STATUS_STOPPED
+    finally:
+        other.kill()
+        other.wait()
+    assert main.returncode == 0, err
+    assert json.loads(out) == {"text": "rank 1 has been silent for 1.5 s in 'evaluation'"}
 
 
 def in_child(code: str, *, env: dict[str, str] | None = None) -> subprocess.Popen:
