@@ -173,6 +173,11 @@ class Checkpointer:
         self._coordinator.main_phase("commit of the checkpoint", lambda _: self._join())
 
     @property
+    def idle(self) -> bool:
+        """Whether no commit is going on in the background of this rank."""
+        return self._commit is None or self._commit.done()
+
+    @property
     def failure(self) -> BaseException | None:
         """Why the save in flight could not be committed, as soon as that is known; never waits."""
         return self._commit.exception() if self._commit is not None and self._commit.done() else None

@@ -318,6 +318,33 @@ def test_runs_are_listed_judged_and_replayed(train, results: Path, here) -> None
     assert "--num: 41 is more than the 40 held-out prompts" in too_many.err
 
 
+def test_checkpoints_are_listed_and_verified(train, results: Path, here) -> None:
+    assert train({"checkpoint": {"every_steps": 15, "keep_last": 9}, "training": {"max_epochs": 2}}).code == 0
+    path = run_dir(results)
+    listed = here("checkpoints", path)
+    assert listed.code == 0
+    head, *rows = [line.split() for line in listed.out.splitlines()]
+    assert head == ["CHECKPOINT", "STEP", "EPOCH", "PROCESSES", "SIZE", "AGE", "STATE"]
+    assert [row[:4] for row in rows] == [
+        ["step_0000015", "15", "0", "1"],
+        ["step_0000020", "20", "1", "1"],
+        ["step_0000030", "30", "1", "1"],
+        ["step_0000040", "40", "2", "1"],
+    ]
+    assert all(row[5] == "MB" and row[-2:] == ["sizes", "agree"] for row in rows)
+    assert here("checkpoints", path, "--verify").out.count(" sound\n") == 4
+
+    damaged = path / "checkpoints" / "step_0000030" / "optimizer.bin"
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    assert here("checkpoints", path).code == 0, "sizes tell nothing of a flipped byte"
+    found = here("checkpoints", path, "--verify")
+    assert found.code == 1
+    assert "optimizer.bin does not match its SHA-256" in found.out.splitlines()[3]
+    entries = json.loads(here("checkpoints", path, "--verify", "--json").out)
+    assert [entry["problems"] for entry in entries] == [[], [], ["optimizer.bin does not match its SHA-256"], []]
+    assert here("checkpoints", results / "missing").code == 2
+
+
 def test_status_of_runs_that_did_not_finish(train, results: Path, here, monkeypatch) -> None:
     monkeypatch.setenv("STOP_AT_STEP", "2")
     assert train(POLITE, options=["--name", "stopped"]).code == 75

@@ -19,6 +19,7 @@ from accel_train.record import (
     STATUS_CODES,
     MetricsLog,
     RecordError,
+    cut_back_samples,
     git_state,
     list_runs,
     load_schema,
@@ -254,7 +255,7 @@ def test_loss_that_is_not_finite_is_null(metrics):
 
 @pytest.mark.parametrize(("step", "kept"), [(0, []), (15, [10]), (20, [10, 20]), (99, [10, 20, 30])])
 def test_cutting_back_keeps_the_lines_up_to_the_step(metrics, step, kept):
-    metrics.cut_back(step)
+    assert metrics.cut_back(step) == 30, "the last step that the log told of"
     assert [line["step"] for line in metrics.read()] == kept
 
 
@@ -272,9 +273,17 @@ def test_torn_last_line_is_not_read_and_is_cut_off(metrics, torn):
 
 def test_log_that_does_not_exist_is_empty(tmp_path):
     log = MetricsLog(tmp_path / METRICS_FILE)
-    log.cut_back(5)
+    assert log.cut_back(5) == 0
     assert log.read() == []
     assert not log.path.exists()
+
+
+def test_samples_of_steps_that_were_rolled_back_are_removed(tmp_path):
+    for name in ("step_0000010.txt", "step_0000020.txt", "step_0000021.txt", "step_30", "notes.txt", "step_x"):
+        (tmp_path / name).write_text("") if name != "step_30" else (tmp_path / name).mkdir()
+    cut_back_samples(tmp_path, 20)
+    assert {path.name for path in tmp_path.iterdir()} == {"step_0000010.txt", "step_0000020.txt", "notes.txt", "step_x"}
+    cut_back_samples(tmp_path / "missing", 20)
 
 
 # -- all runs ------------------------------------------------------------------------------
