@@ -38,9 +38,9 @@ from accel_train.record import (
     run_status,
     strict_json,
 )
-from accel_train.training.preemption import ask_for_sigterm_when_launcher_dies
+from accel_train.training.preemption import ask_for_sigterm_when_launcher_dies, leaving_on_stop_signals
 
-EXIT_FAILED, EXIT_USAGE = 1, 2
+EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
 LAST_WORDS_SECONDS = 10.0
 
 # Process-wide, and the only switch there is: help texts come from the docstrings under the fields.
@@ -66,8 +66,6 @@ def train_main(
         observer: hears of every point at which a fault may fall.
     """
     options = list(sys.argv[1:] if argv is None else argv)
-    # Before the seconds of importing torch: a launcher that dies in them takes this process along.
-    ask_for_sigterm_when_launcher_dies()
 
     def run() -> int:
         config, earlier = parse_config(options)
@@ -76,7 +74,10 @@ def train_main(
         code: int = experiment.run(config, earlier=earlier, command=whole, observer=observer)
         return code
 
-    return _guarded(run)
+    with leaving_on_stop_signals(EXIT_PREEMPTED):
+        # Before the seconds of importing torch: a launcher that dies in them takes this process along.
+        ask_for_sigterm_when_launcher_dies()
+        return _guarded(run)
 
 
 def _guarded(action: Callable[[], int]) -> int:

@@ -190,9 +190,14 @@ class Checkpointer:
             log.error("%s", error)
 
     def _join(self) -> None:
-        commit, self._commit = self._commit, None
-        if commit is not None:
-            commit.result()
+        if self._commit is None:
+            return
+        try:
+            self._commit.result()
+        finally:
+            # An interrupted wait must be repeated: the run directory is this process's until the commit is over.
+            if self._commit.done():
+                self._commit = None
 
     def _make_way(self) -> str:
         self._join()

@@ -78,6 +78,25 @@ class StopSignal:
             self.request("death of the launcher")
 
 
+@contextmanager
+def leaving_on_stop_signals(code: int) -> Iterator[None]:
+    """In the block, until a :class:`StopSignal` takes over: a stop signal ends the process with ``code``.
+
+    For the seconds of importing, in which nothing has begun that could be saved. Main thread only.
+    """
+
+    def leave(_number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(code)
+
+    previous = {number: signal.signal(number, leave) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            if signal.getsignal(number) is leave:
+                signal.signal(number, handler)
+
+
 def ask_for_sigterm_when_launcher_dies() -> bool:
     """What :meth:`StopSignal.die_with_launcher` asks of the kernel; returns whether the launcher is dead already.
 

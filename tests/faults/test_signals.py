@@ -21,7 +21,7 @@ from accel_train.training.manifest import list_checkpoints
 TERM, USR1, USR2, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT
 SIGNALS = (TERM, USR1, USR2, INT)
 SECONDS_TO_LEAVE = 10
-PAUSE = 2.0
+PAUSE = 1.0
 # Where the signal arrives: the point at which the run is held, and the how-manieth time.
 PHASES = {
     "training": (observer.STEP_DONE, 25),
@@ -153,3 +153,17 @@ def test_a_second_interrupt_leaves_at_once(tmp_path: Path, phase: str) -> None:
     check_intact(results)
     launch_and_wait(config, 0)
     check_finished_like(results, expected)
+
+
+@pytest.mark.parametrize("number", [TERM, pytest.param(USR1, marks=slow), pytest.param(INT, marks=slow)])
+def test_a_signal_before_the_run_has_begun_leaves_with_75_and_without_a_trace(tmp_path: Path, number: int) -> None:
+    """While torch is being imported: a scheduler's script that requeues on 75 must requeue this too."""
+    config, results = configured(tmp_path)
+    process = start(config, 0)
+    maps = Path(f"/proc/{process.pid}/maps")
+    wait_for(lambda: "libtorch" in maps.read_text(), "the import of torch", timeout=20)
+    assert not results.exists(), "too late: the run has begun"
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=20)
+    assert (process.returncode, output) == (75, "")
+    assert not results.exists()
