@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 KILLS ?= 200
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test faults faults-net storm lint clean
+.PHONY: help setup train test faults faults-net faults-slurm storm lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ faults: setup ## inject every fault into real processes (about 20 minutes)
 
 faults-net: setup ## cut the link between two machines (Linux, root; one to three minutes)
 	$(BIN)/pytest tests/faults/test_net.py -m slow
+
+faults-slurm: setup ## preempt and requeue a job on a SLURM cluster of two nodes on this machine (Debian, root)
+	$(BIN)/pytest tests/faults/test_slurm.py -m slow
 
 storm: setup ## kill runs KILLS times (200) at random moments; their bits must not change
 	$(BIN)/python tests/faults/storm.py --kills $(KILLS)
