@@ -45,7 +45,7 @@ from accel_train.training.coordination import Coordinator, LostPeer, PeerFailed,
 from accel_train.training.diagnosis import NonFinite
 from accel_train.training.hooks import Hooks, build_hooks
 from accel_train.training.manifest import CheckpointError, list_checkpoints, newest_sound, read_manifest, verify
-from accel_train.training.preemption import StopSignal
+from accel_train.training.preemption import StopSignal, leaving_with_launcher
 from accel_train.training.progress import Progress, be_silent, say
 from accel_train.training.runtime import arithmetic, build_accelerator, machine
 from accel_train.training.trainer import Preempted, Trainer
@@ -81,8 +81,9 @@ def run(
         stop.die_with_launcher()
         try:
             tracking = config.tracking.log_with
-            accelerator = build_accelerator(config.training, log_with=tracking, log_dir=config.output_dir)
-            coordinator = Coordinator(stop, config.training.timeout_seconds)
+            with leaving_with_launcher(EXIT_PREEMPTED):
+                accelerator = build_accelerator(config.training, log_with=tracking, log_dir=config.output_dir)
+                coordinator = Coordinator(stop, config.training.timeout_seconds)
         except RuntimeError as error:
             if not is_lost_peer(error):
                 raise
@@ -217,7 +218,8 @@ class _Experiment:
         token = phase(name, lambda _: directory.leave_token())
         place = f"{socket.gethostname()}:{directory.path.absolute()}"
         found = gather(name, [directory.sees_token(token, self.config.training.timeout_seconds / 2), place])
-        phase(name, lambda _: directory.remove_token(token))
+        refused = not all(sees for sees, _ in found)
+        phase(name, lambda _: directory.remove_token(token, refused=refused))
         for rank, (sees, theirs) in enumerate(found):
             if not sees:
                 raise ConfigError(

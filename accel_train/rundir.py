@@ -111,11 +111,15 @@ class RunDirectory:
             time.sleep(0.1)
         return True
 
-    def remove_token(self, token: str) -> None:
-        """Take the file away, and the directory if it holds nothing else."""
+    def remove_token(self, token: str, *, refused: bool) -> None:
+        """Take the file away; and when the directory is refused, that too if it holds nothing else.
+
+        Not otherwise: another launch of the same run may just be about to use it.
+        """
         (self.path / token).unlink(missing_ok=True)
-        with suppress(OSError):
-            self.path.rmdir()
+        if refused:
+            with suppress(OSError):
+                self.path.rmdir()
 
     def close(self) -> None:
         """Release the lock; safe to call twice, and without :meth:`open`."""

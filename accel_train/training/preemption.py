@@ -11,9 +11,11 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
@@ -22,6 +24,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 # time are one.
 _SAME_INTERRUPT_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
+_ORPHAN_POLL_SECONDS = 0.5
 
 
 class StopSignal:
@@ -108,7 +111,48 @@ def ask_for_sigterm_when_launcher_dies() -> bool:
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     # The launcher may have died before the request was registered.
-    return os.getppid() != parent or parent == 1
+    return _is_orphan_of(parent)
+
+
+@contextmanager
+def leaving_with_launcher(code: int) -> Iterator[None]:
+    """In the block, until the ranks have met: the launcher's death ends the process with ``code``.
+
+    They meet inside the launcher, in a call that runs no Python signal handler: without this, ranks
+    whose launcher is gone wait there for the whole timeout. Nothing has begun that could be saved.
+    """
+    if not _under_launcher() or not sys.platform.startswith("linux"):
+        yield
+        return
+    parent, met = os.getppid(), threading.Event()
+
+    def watch() -> None:
+        while not met.is_set():
+            if _is_orphan_of(parent):
+                os._exit(code)
+            met.wait(_ORPHAN_POLL_SECONDS)
+
+    thread = threading.Thread(target=watch, name="launcher-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        met.set()
+        thread.join()
+
+
+def _is_orphan_of(parent: int) -> bool:
+    """Whether ``parent``, the parent of this process when it was first asked, is not (or no longer) the launcher."""
+    return os.getppid() != parent or (parent == 1 and not _process_1_is_launcher())
+
+
+def _process_1_is_launcher() -> bool:
+    """As in a container whose command is the launcher itself: then process 1 is no sign of an orphan."""
+    try:
+        command = Path("/proc/1/cmdline").read_bytes()
+    except OSError:
+        return False
+    return any(name in command for name in (b"accelerate", b"torchrun", b"torch.distributed"))
 
 
 def _under_launcher() -> bool:

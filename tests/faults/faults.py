@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -12,7 +14,19 @@ from typing import Any
 
 import psutil
 import pytest
-from harness import TINY, descendants, kill_tree, launch, metrics, outcome, record, run, run_dir, write_config
+from harness import (
+    TINY,
+    descendants,
+    environment,
+    kill_tree,
+    launch,
+    metrics,
+    outcome,
+    record,
+    run,
+    run_dir,
+    write_config,
+)
 
 from accel_train.training.manifest import list_checkpoints, verify
 
@@ -30,6 +44,24 @@ def fault(point: str, mark: Path, do: str = "kill", **details: Any) -> str:
 def start(config: Path, world: int, *arguments: str, **env: str | None) -> subprocess.Popen[str]:
     """Launch :mod:`faulty_train`; ``FAULT=fault(...)`` says what is to go wrong."""
     return launch(config, world, *arguments, script=SCRIPT, **env)
+
+
+def start_ranks(config: Path, world: int, *arguments: str, **env: str | None) -> list[subprocess.Popen[str]]:
+    """:mod:`faulty_train` as plain processes, as ``srun`` starts them: no launcher signals the others when one dies."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), "--config", str(config), *arguments],
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **meeting, **env),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        for rank in range(world)
+    ]
 
 
 def train(config: Path, world: int, *arguments: str, expect: int | None = 0, **env: str | None) -> str:
@@ -78,6 +110,26 @@ def check_finished_like(results: Path, expected: dict[str, Any], *, launches: in
     log = (path / "logs" / "rank_0.log").read_text()
     for number in range(2, launches + 1):
         assert log.count(f"launch {number}, rank 0") == 1, "one log per rank, appended by every launch"
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> str:
+    """What a launch printed up to and with the first line that holds ``text``; fails when it ends before."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return "".join(lines)
+    raise AssertionError(f"{text!r} was never printed: {''.join(lines)}")
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Wait for a launch of which :func:`read_until` read the beginning; returns the rest of its output."""
+    assert process.stdout is not None
+    # Not communicate(), which would miss what the reader has buffered.
+    rest = process.stdout.read()
+    process.wait()
+    return rest
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,9 @@ def wait_for(condition: Callable[[], Any], what: str, timeout: float = 60) -> An
 
 
 def run_dir(results: Path) -> Path:
-    """The only run directory under ``results``."""
+    """The only run directory under ``results``, which may be one itself."""
+    if (results / "config.yaml").exists():
+        return results
     found = [path.parent for path in results.glob("*/config.yaml") if ".archived-" not in path.parent.name]
     assert len(found) == 1, found
     return found[0]
