@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -28,6 +29,17 @@ def fsync_directory(path: Path) -> None:
     _fsync(path, os.O_RDONLY | os.O_DIRECTORY)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An ``OSError`` raised inside names ``path``: one from a write to a full disk names no file by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_atomic(path: Path, content: bytes, *, written_aside: Callable[[], None] | None = None) -> None:
     """Replace ``path`` by ``content``: readers and crashes see the old file or the new one, never a part.
 
@@ -39,11 +51,11 @@ def write_atomic(path: Path, content: bytes, *, written_aside: Callable[[], None
         written_aside: called when the new file is complete and has not taken its place.
 
     Raises:
-        OSError: the disk is full or the directory is not writable; the old file is intact.
+        OSError: the disk is full or the directory is not writable; names the file; the old one is intact.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with naming(path), temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_model as load_weights
 from torch import distributed as dist
 
@@ -28,6 +29,7 @@ from accel_train.config import (
     EarlierRun,
     ExperimentConfig,
     check_output_dir,
+    config_hash,
     run_directory,
     to_dict,
 )
@@ -44,7 +46,14 @@ from accel_train.training.callbacks import Callback, LoopState
 from accel_train.training.coordination import Coordinator, LostPeer, PeerFailed, first_line, is_lost_peer
 from accel_train.training.diagnosis import NonFinite
 from accel_train.training.hooks import Hooks, build_hooks
-from accel_train.training.manifest import CheckpointError, list_checkpoints, newest_sound, read_manifest, verify
+from accel_train.training.manifest import (
+    CheckpointError,
+    list_checkpoints,
+    newest_sound,
+    read_manifest,
+    require_configuration,
+    verify,
+)
 from accel_train.training.preemption import StopSignal, leaving_with_launcher
 from accel_train.training.progress import Progress, be_silent, say
 from accel_train.training.runtime import arithmetic, build_accelerator, machine
@@ -325,12 +334,15 @@ def build_model(config: ExperimentConfig, task: Task, init: Path | None) -> Tran
 
     Raises:
         ConfigError: the weights do not fit the model.
+        CheckpointError: they are no safetensors file.
     """
     torch.manual_seed(config.seed)
     model = TransformerLM(config.model, task.vocab_size)
     if init is not None:
         try:
             load_weights(model, init / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{init / WEIGHTS} cannot be loaded: {error}") from error
         except (RuntimeError, ValueError) as error:
             reason = textwrap.shorten(str(error), 300, placeholder=" ...")  # torch names every parameter
             raise ConfigError(
@@ -365,10 +377,13 @@ def resolve_init(config: ExperimentConfig, *, fresh: bool = False) -> tuple[Path
         raise ConfigError("training.init_from", source, rule)
     checkpoint = found[-1][1] if found else path
     problems = verify(checkpoint)
+    files = {} if problems else read_manifest(checkpoint)["files"]
+    if not problems and WEIGHTS not in files:
+        problems = [f"{WEIGHTS} is missing"]
     if problems:
         rule = f"holds no sound checkpoint ({'; '.join(problems)}); name another"
         raise ConfigError("training.init_from", source, rule)
-    return checkpoint, str(read_manifest(checkpoint)["files"][WEIGHTS]["sha256"])
+    return checkpoint, str(files[WEIGHTS]["sha256"])
 
 
 def _as_json(choice: tuple[Path | None, str]) -> list[str | None]:
@@ -380,7 +395,7 @@ def load_model(run_dir: Path) -> tuple[TransformerLM, WalksTask, int]:
 
     Raises:
         ConfigError: there is no such run, or it has no checkpoint yet.
-        CheckpointError: all its checkpoints are damaged.
+        CheckpointError: all its checkpoints are damaged, or the newest belongs to another configuration.
     """
     if not (run_dir / CONFIG_FILE).is_file():
         raise ConfigError("RUN", str(run_dir), f"is not a run directory (it has no {CONFIG_FILE})")
@@ -388,6 +403,8 @@ def load_model(run_dir: Path) -> tuple[TransformerLM, WalksTask, int]:
     checkpoint = newest_sound(run_dir / "checkpoints")
     if checkpoint is None:
         raise ConfigError("RUN", str(run_dir), "has no checkpoint yet; let it train first")
+    started_from = read_record(run_dir)["provenance"]["init_digest"] if config.training.init_from else None
+    require_configuration(checkpoint, config_hash(config, started_from), "put the run's own checkpoints back")
     task = WalksTask(config)
     task.open(task.build(run_dir.parent / SHARED_CORPORA, be_silent, lambda: False))
     model = build_model(config, task, checkpoint).to(Accelerator().device)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from accel_train.config import ExperimentConfig, to_dict
-from accel_train.durable import write_atomic
+from accel_train.durable import naming, write_atomic
 from accel_train.lock import live_runs
 from accel_train.observer import RECORD_WRITTEN_ASIDE, SILENT, Observer
 
@@ -226,9 +226,10 @@ class MetricsLog:
 
         Raises:
             KeyError: it has no ``step``, so :meth:`cut_back` could not place it.
+            OSError: the disk is full; names the file.
         """
         _ = line["step"]
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(strict_json(line, "line") + "\n")
 
     def cut_back(self, step: int, *, evaluation_due: bool = False) -> int:

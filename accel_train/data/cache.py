@@ -58,7 +58,8 @@ def cached(
         TimeoutError: another process held the artifact's lock all the time.
         Interrupted: ``should_stop()`` turned true while waiting.
         ValueError: ``key`` cannot be a directory name.
-        Exception: whatever ``build`` raises; nothing half-built is left.
+        OSError: the artifact could not be written (disk full, not writable); says where and how much is free.
+        Exception: whatever else ``build`` raises; nothing half-built is left.
     """
     if not key or key.startswith(".") or "/" in key:
         raise ValueError(f"key: {key!r} cannot name a directory")
@@ -121,6 +122,10 @@ def _open_or_build(root: Path, key: str, build: Callable[[Path], None], observer
         observer.reached(CORPUS_BUILT)
         _seal(temporary, key)
         _publish(temporary, final)
+    except OSError as error:
+        free = shutil.disk_usage(root).free
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{final} could not be built ({free / 1e6:.0f} MB free): {error}") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

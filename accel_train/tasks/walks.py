@@ -209,10 +209,19 @@ class WalksTask:
 
     def open(self, artifacts: str) -> WalkDataset:
         """The training chunks, memory-mapped; also opens the held-out walks for :meth:`evaluate`."""
-        self._directory = directory = Path(artifacts)
-        self._walks = np.load(directory / "train.npy", mmap_mode="r")
-        self._held_out = np.load(directory / "held_out.npy", mmap_mode="r")
+        self._directory = Path(artifacts)
+        self._walks = self._load("train.npy")
+        self._held_out = self._load("held_out.npy")
         return WalkDataset(self._walks, self._context)
+
+    def _load(self, name: str) -> np.ndarray[Any, Any]:
+        path = self._directory / name
+        try:
+            walks: np.ndarray[Any, Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            # The digests hold, so nobody but who wrote it can have put this there.
+            raise CorpusError(f"{path} is no array of numbers: not loaded, not run ({error})") from error
+        return walks
 
     # -- the gate --------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ import pickle
 import random
 import secrets
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -52,6 +53,7 @@ from accel_train.training.manifest import (
     list_checkpoints,
     newest_sound,
     read_manifest,
+    require_configuration,
     step_directory,
     write_manifest,
 )
@@ -184,10 +186,13 @@ class Checkpointer:
 
     def close(self) -> None:
         """Wait for the save in flight on the way out, on this rank alone; its failure is only logged."""
+        leaving_with = sys.exception()
         try:
             self._join()
         except Exception as error:
-            log.error("%s", error)
+            # What ends the run is told by whoever catches it.
+            if error is not leaving_with:
+                log.error("%s", error)
 
     def _join(self) -> None:
         if self._commit is None:
@@ -281,7 +286,9 @@ class Checkpointer:
             self._accelerator.load_state(str(path))
         except pickle.UnpicklingError as error:
             raise CheckpointError(f"{path} holds a pickle with more than plain values: not loaded, not run") from error
-        except (ValueError, SafetensorError) as error:
+        except (ValueError, RuntimeError, SafetensorError) as error:
+            if is_lost_peer(error):
+                raise
             raise CheckpointError(f"{path} cannot be loaded: {error}") from error
         self._restore_rng(path, manifest, state)
         self._newest = state.step
@@ -294,12 +301,8 @@ class Checkpointer:
         path = newest_sound(self.directory, full=self._config.verify == "full", set_aside=True, restart=self._restart)
         if path is None:
             return None
-        theirs = read_manifest(path)["config_hash"]
-        if theirs != self._config_hash:
-            raise CheckpointError(
-                f"{path} was written under configuration {theirs[:8]}, this is {self._config_hash[:8]}; "
-                "start a new run (another --name or --output_dir) or start over with --fresh"
-            )
+        cure = "start a new run (another --name or --output_dir) or start over with --fresh"
+        require_configuration(path, self._config_hash, cure)
         return path.name
 
     def _restore_rng(self, path: Path, manifest: Mapping[str, Any], state: TrainingState) -> None:

@@ -106,6 +106,22 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
+def require_configuration(path: Path, config_hash: str, cure: str) -> None:
+    """Refuse checkpoint ``path`` unless it was written under the configuration with this hash.
+
+    Args:
+        path: the checkpoint's directory.
+        config_hash: of the run that wants to use it.
+        cure: what the user may do about it.
+
+    Raises:
+        CheckpointError: it belongs to another configuration.
+    """
+    theirs = read_manifest(path)["config_hash"]
+    if theirs != config_hash:
+        raise CheckpointError(f"{path} was written under configuration {theirs[:8]}, this is {config_hash[:8]}; {cure}")
+
+
 def verify(path: Path, *, full: bool = True) -> list[str]:
     """What is wrong with checkpoint ``path``; empty when it is sound.
 

@@ -68,6 +68,8 @@ class TrainingState:
             ValueError: the files do not fit each other or this version.
         """
         values = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or not {"step", "fingerprint"} <= set(values):
+            raise ValueError(f"{directory / STATE_FILE} is not a training state")
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:

@@ -2,8 +2,43 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "integration")]
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from faults import configured, fault, train
+
+from accel_train.observer import STEP_DONE
+
+KilledRun = Callable[..., tuple[Path, Path]]
+
+
+@pytest.fixture(scope="session")
+def killed_run(tmp_path_factory: pytest.TempPathFactory) -> KilledRun:
+    """``killed_run(world, directory, *layers)``: a run killed after step 50 of 60, copied into ``directory``.
+
+    Returns what ``configured`` does. The run itself is made once per session and set of arguments.
+    """
+    made: dict[str, Path] = {}
+
+    def copy(world: int, directory: Path, *layers: dict[str, Any]) -> tuple[Path, Path]:
+        key = json.dumps([world, layers], sort_keys=True)
+        if key not in made:
+            config, original = configured(tmp_path_factory.mktemp("killed"), *layers)
+            mark = original.with_name("killed")
+            output = train(config, world, expect=None, FAULT=fault(STEP_DONE, mark, number=50))
+            assert mark.exists(), output
+            made[key] = original
+        config, results = configured(directory, *layers)
+        shutil.copytree(made[key], results)
+        return config, results
+
+    return copy

@@ -15,7 +15,9 @@ from typing import Any
 import psutil
 import pytest
 from harness import (
+    ROOT,
     TINY,
+    Shown,
     descendants,
     environment,
     kill_tree,
@@ -67,6 +69,26 @@ def start_ranks(config: Path, world: int, *arguments: str, **env: str | None) ->
 def train(config: Path, world: int, *arguments: str, expect: int | None = 0, **env: str | None) -> str:
     """Launch :mod:`faulty_train` and wait; returns the output."""
     return run(config, world, *arguments, script=SCRIPT, expect=expect, **env)
+
+
+def accel_train(*arguments: object) -> Shown:
+    """Run the console command in a process of its own."""
+    line = [sys.executable, "-m", "accel_train.cli", *map(str, arguments)]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=150, check=False)
+    return Shown(done.returncode, done.stdout, done.stderr)
+
+
+def check_no_traceback(output: str) -> None:
+    """None of ours: the launcher of several processes prints one whenever a process fails."""
+    assert f'File "{ROOT / "accel_train"}' not in output, output
+
+
+def complaint(output: str) -> str:
+    """The only line of error in ``output``, which holds no traceback."""
+    check_no_traceback(output)
+    lines = [line for line in output.splitlines() if line.startswith("accel-train: error: ")]
+    assert len(lines) == 1, output
+    return lines[0]
 
 
 def configured(directory: Path, *layers: dict[str, Any], results: str = "results") -> tuple[Path, Path]:
