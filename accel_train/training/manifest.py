@@ -133,11 +133,16 @@ def verify(path: Path, *, full: bool = True) -> list[str]:
         NewerFormat: a newer version wrote it.
     """
     try:
-        files = read_manifest(path)["files"]
+        manifest = read_manifest(path)
     except NewerFormat:
         raise
     except CheckpointError as error:
         return [str(error)]
+    named = _STEP_DIRECTORY.fullmatch(path.name)
+    if named and int(named[1]) != manifest["step"]:
+        # Rotation and resume go by the name: a later one would push newer checkpoints out.
+        return [f"{MANIFEST} is of step {manifest['step']}"]
+    files = manifest["files"]
     # hashlib lets go of the interpreter's lock, so files are digested side by side.
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda name: _problem(path / name, files[name], full), files)

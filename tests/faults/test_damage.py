@@ -80,6 +80,20 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path: Pat
 
 
 @slow
+def test_a_checkpoint_under_the_name_of_a_later_step_is_not_used(tmp_path: Path, killed_run) -> None:
+    expected = undisturbed(0, tmp_path)
+    config, results = killed_run(0, tmp_path)
+    *_, (before, _), (step, newest) = committed(results)
+    newest.rename(newest.with_name("step_0000099"))
+
+    output = train(config, 0)
+
+    assert f"damaged checkpoint step_0000099: {MANIFEST} is of step {step}\n" in output
+    check_finished_like(results, expected)
+    assert [resume["step"] for resume in record(results)["provenance"]["resumes"]] == [before]
+
+
+@slow
 def test_two_ranks_fall_back_to_the_same_checkpoint(tmp_path: Path, killed_run) -> None:
     expected = undisturbed(2, tmp_path)
     config, results = killed_run(2, tmp_path)

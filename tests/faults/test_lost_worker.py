@@ -41,10 +41,10 @@ SCENES = {
     "corpus": (observer.CORPUS_BEGUN, 1, 0),
 }
 CASES = [
-    (scene, victim, world, launcher)
-    for scene in SCENES
-    for victim, world in ((0, 2), (1, 2), (2, 3))
-    for launcher in (False, True)
+    *[(scene, victim, 2, False) for scene in SCENES for victim in (0, 1)],
+    *[("training", victim, 2, True) for victim in (0, 1)],
+    ("evaluation", 1, 2, True),
+    *[(scene, 2, 3, False) for scene in ("training", "commit")],
 ]
 QUICK = {("training", 1, 2, False)}
 
@@ -99,8 +99,9 @@ def test_the_others_leave_in_time_and_name_the_worker_that_was_killed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("scene", ["training", "evaluation", "commit", "corpus"])
+@pytest.mark.parametrize(
+    ("scene", "world"), [("training", 1), ("training", 2), ("evaluation", 2), ("commit", 2), ("corpus", 1)]
+)
 def test_a_launcher_that_is_killed_leaves_no_orphan_and_a_preempted_run(tmp_path: Path, world: int, scene: str) -> None:
     expected = undisturbed(world, tmp_path)
     config, results = configured(tmp_path)

@@ -73,8 +73,7 @@ def check_failed(results: Path, world: int, step: int, where: str) -> None:
 CASES = [
     (kind, rank, world, launcher)
     for kind in NAMED
-    for rank, world in ((0, 1), (0, 2), (1, 2), (2, 3))
-    for launcher in (False, True)
+    for rank, world, launcher in ((0, 1, False), (0, 2, True), (1, 2, False), (2, 3, False))
 ]
 QUICK = {("parameter", 0, 1, False)}
 

@@ -35,20 +35,24 @@ LATER_PHASES = [phase for phase in PHASES if phase != "training"]
 CASES = [
     # signal, times, target, phase, processes (0: no launcher)
     *[(number, 1, "one worker", "training", 0) for number in SIGNALS],
-    *[(number, 1, target, "training", 1) for number in SIGNALS for target in ("launcher", "group", "one worker")],
+    *[(TERM, 1, target, "training", 1) for target in ("launcher", "group", "one worker")],
+    *[(USR1, 1, target, "training", 1) for target in ("launcher", "group")],
+    (INT, 1, "group", "training", 1),
+    (USR2, 1, "one worker", "training", 1),
     *[
         (number, 1, target, "training", 2)
         for number in SIGNALS
         for target in ("launcher", "group", "all workers", "one worker")
     ],
-    *[(number, 2, target, "training", 2) for number in (TERM, USR1, INT) for target in ("launcher", "one worker")],
-    *[(TERM, times, "one worker", phase, 0) for phase in LATER_PHASES for times in (1, 2)],
+    *[(number, 2, "launcher", "training", 2) for number in (TERM, INT)],
+    *[(number, 2, "one worker", "training", 2) for number in (TERM, USR1)],
+    *[(TERM, 2, "one worker", phase, 0) for phase in LATER_PHASES],
     *[
         (number, 1, target, phase, 2)
         for phase in LATER_PHASES
         for number, target in ((TERM, "launcher"), (USR1, "one worker"))
     ],
-    *[(TERM, 2, "all workers", phase, 2) for phase in LATER_PHASES],
+    *[(TERM, 2, "all workers", phase, 2) for phase in ("evaluation", "saving")],
     (INT, 1, "group", "evaluation", 2),
     (USR2, 1, "one worker", "training", 3),
 ]
