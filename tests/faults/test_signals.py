@@ -12,7 +12,7 @@ import psutil
 import pytest
 from faults import check_finished_like, check_intact, configured, fault, ranks_of, signalled, slow, start, undisturbed
 from faults import train as launch_and_wait
-from harness import kill_tree, record, run_dir, wait_for
+from harness import ROOT, kill_tree, record, run_dir, wait_for
 
 from accel_train import observer
 from accel_train.record import STATUS_CODES, run_status
@@ -171,3 +171,24 @@ def test_a_signal_before_the_run_has_begun_leaves_with_75_and_without_a_trace(tm
     output, _ = process.communicate(timeout=20)
     assert (process.returncode, output) == (75, "")
     assert not results.exists()
+
+
+@slow
+@pytest.mark.parametrize("phase", ["training", "evaluation", "committing"])
+def test_the_quick_run_on_two_processes_is_gone_within_ten_seconds(tmp_path: Path, phase: str) -> None:
+    """The example as it is: its evaluation generates 1000 sequences twice, on the main process alone."""
+    results, mark = tmp_path / "results", tmp_path / "there"
+    point = {
+        "training": observer.STEP_DONE,
+        "evaluation": observer.EVALUATION_BEGUN,
+        "committing": observer.COMMIT_BEGUN,
+    }
+    quick = ROOT / "examples" / "walks_quick.yaml"
+    here = fault(point[phase], mark, "pause", seconds=0.1)
+    process = start(quick, 2, "--output_dir", str(results), "--checkpoint.every_steps", "20", FAULT=here)
+    wait_for(lambda: mark.exists() or process.poll() is not None, phase)
+    end = signalled(process, send_signals(TERM, 1, "one worker"))
+    assert end.seconds < SECONDS_TO_LEAVE, end.output
+    found = record(results)
+    assert found["status"] == "preempted", end.output
+    assert list_checkpoints(run_dir(results) / "checkpoints")[-1][0] == len(found["curves"]["train_loss"])
