@@ -176,7 +176,7 @@ class _Experiment:
 
     def _leave_without(self, error: LostPeer) -> NoReturn:
         """Leave at once: nothing can be agreed any more, so nothing is saved and the record stays ``running``."""
-        log.error("%s", self.coordinator.name_the_lost(error))
+        log.error("%s", self.coordinator.named(error))
         # The process group is beyond an orderly shutdown: leave before its destructors wait.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -138,8 +138,9 @@ class RecordKeeper(Callback):
         try:
             # Imported here: matplotlib takes longer than the rest of the start-up, on every rank.
             importlib.import_module("accel_train.report").training_curves(self.record, path)
-        except Exception:
-            log.warning("%s could not be drawn; the record is complete without it", path, exc_info=True)
+        except Exception as error:
+            log.warning("%s could not be drawn (%s); the record is complete without it", path, error)
+            log.info("the traceback:", exc_info=True)
 
     def summary(self) -> str:
         """One line for people: the verdict, the figures it rests on, and what they cost."""

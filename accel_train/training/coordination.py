@@ -269,18 +269,17 @@ class Coordinator:
             except LostPeer as lost:
                 log.warning("the other ranks could not be told of the failure: %s", lost)
 
-    def name_the_lost(self, error: LostPeer) -> str:
-        """``error`` in words, with the ranks that do not answer a last call of a few seconds."""
+    def named(self, error: LostPeer) -> LostPeer:
+        """``error``, its message completed by the ranks that do not answer a last call of a few seconds."""
         if error.is_named:
-            return str(error)
+            return error
         self._store.give_up_after(_ROLL_CALL_SECONDS)
         try:
             silent = self._call_the_roll()
         except LostPeer:
             silent = [0]
-        if not silent:
-            return str(error)
-        return f"rank {', '.join(map(str, silent))} does not answer any more: {error}"
+        who = f"rank {_listed(silent)} does not answer any more: " if silent else ""
+        return LostPeer(f"{who}{error}", is_named=True)
 
     def _call_the_roll(self) -> list[int]:
         others = [rank for rank in range(self.world_size) if rank != self.rank]
@@ -426,9 +425,13 @@ class Coordinator:
             if failed:
                 self._raise_announced(name)
             if time.monotonic() > deadline:
-                late = f"rank {missing} did not arrive at '{name}' within {self.timeout:g} s"
+                late = f"rank {_listed(missing)} did not arrive at '{name}' within {self.timeout:g} s"
                 raise LostPeer(late, is_named=True)
             time.sleep(_POLL_SECONDS / 5)
+
+
+def _listed(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks))
 
 
 def first_line(error: BaseException) -> str:

@@ -217,12 +217,16 @@ class Trainer:
                 self._settle_commit()
                 for callback in self._callbacks:
                     callback.on_train_end(self.loop_state)
-            except (Preempted, NonFinite, LostPeer, PeerFailed):
+            except (Preempted, NonFinite, PeerFailed):
                 raise  # outcomes that all ranks share, or know of
+            except LostPeer as error:
+                raise self._coordinator.named(error) from error
             except Exception as error:
                 if self.plan.world_size > 1 and is_lost_peer(error):
                     where = f"no answer in step {self.state.step + 1}"
-                    raise LostPeer(f"another rank is gone: {where} ({first_line(error)})") from error
+                    lost = LostPeer(f"another rank is gone: {where} ({first_line(error)})")
+                    # Now: the survivors call each other before any of them waits for its commit below.
+                    raise self._coordinator.named(lost) from error
                 self._coordinator.announce_failure(error)
                 raise
             finally:

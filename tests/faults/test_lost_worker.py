@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import re
 import signal
 import subprocess
 import time
@@ -28,7 +29,7 @@ from harness import command, descendants, environment, kill_tree, record, run_di
 
 from accel_train import observer
 
-TIMEOUT = 15
+TIMEOUT = 8
 GRACE = 10
 """Seconds beside the timeout: the last call, the pause of the fault, the end of the interpreters."""
 NO_ORPHAN_AFTER = 10
@@ -86,11 +87,11 @@ def test_the_others_leave_in_time_and_name_the_worker_that_was_killed(
         assert codes == [1]
     else:
         assert codes == [-signal.SIGKILL if rank == victim else 1 for rank in range(world)], outputs
-    named = f"rank {victim} does not answer any more"
+    named = re.compile(rf"rank {victim} (does not answer any more|is gone|has been silent|did not arrive)")
     if victim != 0:
-        assert named in outputs[0], "rank 0 tells the terminal"
+        assert named.search(outputs[0]), f"rank 0 tells the terminal: {outputs[0]}"
     for rank in set(range(world)) - {victim}:
-        assert named in (run_dir(results) / "logs" / f"rank_{rank}.log").read_text()
+        assert named.search((run_dir(results) / "logs" / f"rank_{rank}.log").read_text())
     assert record(results)["status"] == "running"
     check_intact(results)
 

@@ -129,6 +129,8 @@ def test_a_signal_is_answered_with_one_checkpoint_and_the_rerun_finishes_with_th
         assert saved[-1] == done, "a step was lost"
         assert "run the same command again" in end.output
 
+    if phase == "training" and number != TERM:
+        return  # saved like any other; the way on from here does not know the signal
     launch_and_wait(config, world)
     check_finished_like(results, expected)
     assert [resume["step"] for resume in record(results)["provenance"]["resumes"]] == ([done] if saved else [])

@@ -144,7 +144,7 @@ except LostPeer as error:
 time.sleep(2)
 """
     outputs = finish(start(body, 3, TIMEOUT="1.5"))
-    expected = "rank [2] did not arrive at 'checkpoint files' within 1.5 s"
+    expected = "rank 2 did not arrive at 'checkpoint files' within 1.5 s"
     assert outputs == [[{"text": expected}], [{"text": expected}], []]
 
 
