@@ -257,8 +257,9 @@ def _checkpoint_figures(shape: ModelConfig, vocab_size: int, *, rounds: int, len
         found: dict[str, list[float]] = {}
         ways = [save_state, synchronous, in_background]
         for round_number in range(rounds + 1):
-            # Each goes first in turn: what the one before left in the page cache slows the next one down.
             for way in ways[round_number % 3 :] + ways[: round_number % 3]:
+                # The same before each: pages that a checkpoint has just given back, as after a rotation.
+                save_state()
                 os.sync()
                 for name, seconds in way().items() if round_number else ():
                     found.setdefault(name, []).append(seconds)

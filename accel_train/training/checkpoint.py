@@ -22,8 +22,9 @@ import random
 import secrets
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,20 @@ from accel_train.training.manifest import (
 from accel_train.training.state import TrainingState
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def _no_crc32() -> Iterator[None]:
+    """Without torch's CRC32 of every tensor, for which training would have to wait: the manifest has a SHA-256."""
+    if not hasattr(torch.serialization, "set_crc32_options"):
+        yield
+        return
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def rng_digest(device: torch.device) -> str:
@@ -211,7 +226,8 @@ class Checkpointer:
     def _write(self, temporary: Path, state: TrainingState) -> None:
         self._state = state
         try:
-            self._accelerator.save_state(str(temporary), safe_serialization=True)
+            with _no_crc32():
+                self._accelerator.save_state(str(temporary), safe_serialization=True)
         except (OSError, RuntimeError, SafetensorError) as error:
             if is_lost_peer(error):
                 raise
