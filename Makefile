@@ -20,7 +20,7 @@ train: setup ## train the quick walk run to a passed gate, on whatever device th
 test: setup ## run every test but the slow lanes
 	$(BIN)/pytest -n 2 -m "not slow and not gpu"
 
-faults: setup ## inject every fault into real processes (about 25 minutes on two cores)
+faults: setup ## inject every fault into real processes (about 15 minutes on two cores)
 	$(BIN)/pytest tests/faults -n 3 --durations 15 --ignore tests/faults/test_slurm.py --ignore tests/faults/test_net.py
 
 faults-net: setup ## cut the link between two machines (Linux, root; one to three minutes)

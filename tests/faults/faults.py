@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+import warm
 from harness import (
     ROOT,
     TINY,
@@ -48,27 +50,45 @@ def start(config: Path, world: int, *arguments: str, **env: str | None) -> subpr
     return launch(config, world, *arguments, script=SCRIPT, **env)
 
 
-def start_ranks(config: Path, world: int, *arguments: str, **env: str | None) -> list[subprocess.Popen[str]]:
-    """:mod:`faulty_train` as plain processes, as ``srun`` starts them: no launcher signals the others when one dies."""
+def rank_environments(world: int, **env: str | None) -> list[dict[str, str]]:
+    """The environments of ranks that no launcher starts; 0 stands for one process that is no rank."""
+    if world == 0:
+        return [environment(**env)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return [environment(RANK=str(rank), LOCAL_RANK=str(rank), **meeting, **env) for rank in range(world)]
+
+
+def start_ranks(config: Path, world: int, *arguments: str, **env: str | None) -> list[subprocess.Popen[str]]:
+    """:mod:`faulty_train` as plain processes, as ``srun`` starts them: no launcher signals the others when one dies."""
     return [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), "--config", str(config), *arguments],
-            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **meeting, **env),
+            env=of_rank,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
-        for rank in range(world)
+        for of_rank in rank_environments(world, **env)
     ]
 
 
 def train(config: Path, world: int, *arguments: str, expect: int | None = 0, **env: str | None) -> str:
-    """Launch :mod:`faulty_train` and wait; returns the output."""
-    return run(config, world, *arguments, script=SCRIPT, expect=expect, **env)
+    """Run :mod:`faulty_train` and wait; returns the output.
+
+    As a fresh launch where the environment or a launcher matters (several processes of which one is to
+    fail); otherwise forked from a warm process.
+    """
+    if env.keys() - {"FAULT"} or (world > 0 and (env or expect != 0)):
+        return run(config, world, *arguments, script=SCRIPT, expect=expect, **env)
+    output = config.parent / f"output-{secrets.token_hex(4)}.txt"
+    line = [str(SCRIPT), "--config", str(config), *arguments]
+    codes = warm.run_ranks(line, rank_environments(world, **env), output, timeout=150)
+    printed = output.read_text()
+    assert expect is None or codes == [expect] * len(codes), printed
+    return printed
 
 
 def accel_train(*arguments: object) -> Shown:
