@@ -42,8 +42,9 @@ from accel_train.run_record import RecordKeeper
 from accel_train.rundir import CONFIG_FILE, RunDirectory, RunLog, dump_config, read_config
 from accel_train.tasks.base import Task
 from accel_train.tasks.walks import CorpusError, WalksTask
+from accel_train.training.board import LostPeer, first_line, is_lost_peer
 from accel_train.training.callbacks import Callback, LoopState
-from accel_train.training.coordination import Coordinator, LostPeer, PeerFailed, first_line, is_lost_peer
+from accel_train.training.coordination import Coordinator, PeerFailed
 from accel_train.training.diagnosis import NonFinite
 from accel_train.training.hooks import Hooks, build_hooks
 from accel_train.training.manifest import (

@@ -47,7 +47,8 @@ from accel_train.observer import (
     SILENT,
     Observer,
 )
-from accel_train.training.coordination import Coordinator, is_lost_peer
+from accel_train.training.board import is_lost_peer
+from accel_train.training.coordination import Coordinator
 from accel_train.training.manifest import (
     TEMPORARY,
     CheckpointError,

@@ -16,15 +16,11 @@ With one process all of it is a local flag.
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
-import os
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar, cast
@@ -33,34 +29,19 @@ import torch
 import torch.distributed as dist
 
 from accel_train.interrupt import Interrupted
+from accel_train.training.board import Board, LostPeer, first_line
 from accel_train.training.preemption import StopSignal
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Every rank makes its boards in the same order, so the count names them.
-_boards = itertools.count()
-
 _POLL_SECONDS = 0.01
 _FLAG_POLL_SECONDS = 0.05
 _HEARTBEAT_SECONDS = 1.0
-_ROLL_CALL_SECONDS = 3.0
+_ROLL_CALL_SECONDS = 5.0
 # What the agreement between steps carries: the largest of all ranks' values.
 _GO_ON, _STOP, _FAILED = 0.0, 1.0, 2.0
-
-
-class LostPeer(RuntimeError):
-    """Another rank is gone or silent: nothing may be saved, the process must leave.
-
-    Args:
-        message: what was waited for, and whom, where that is known.
-        is_named: whether ``message`` says which rank it is.
-    """
-
-    def __init__(self, message: str, *, is_named: bool = False) -> None:
-        self.is_named = is_named
-        super().__init__(message)
 
 
 class PeerFailed(RuntimeError):
@@ -76,98 +57,6 @@ class PeerFailed(RuntimeError):
     def __init__(self, rank: int, phase: str, message: str, kind: str) -> None:
         self.kind = kind
         super().__init__(f"rank {rank} failed (waiting for '{phase}'): {kind}: {message}")
-
-
-_LOST_PEER_SIGNS = (
-    "connection closed",
-    "connection reset",
-    "connection refused",
-    "timed out",
-    "broken pipe",
-    "nccl",
-    "gloo",
-    "recv operation",
-)
-
-
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone: backends say so in words only."""
-    theirs = dist.is_available() and (type(error) is RuntimeError or isinstance(error, dist.DistError))
-    return theirs and any(sign in str(error).lower() for sign in _LOST_PEER_SIGNS)
-
-
-class _Caller(threading.Thread):
-    """Makes calls that may never return, one after the other, so that whoever wants the answer can give up."""
-
-    def __init__(self) -> None:
-        super().__init__(name="store", daemon=True)
-        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
-        self.start()
-
-    def run(self) -> None:
-        while True:
-            call, answer = self._calls.get()
-            try:
-                answer.set_result(call())
-            except BaseException as error:
-                answer.set_exception(error)
-
-    def call(self, call: Callable[[], T], timeout_seconds: float) -> T:
-        answer: Future[T] = Future()
-        self._calls.put((call, answer))
-        return answer.result(timeout_seconds)
-
-
-class _Board:
-    """The key-value store that ranks poll: a server inside rank 0.
-
-    The process group's own store lives in the launcher, and a launcher that is killed would take
-    it along; this one lives as long as the ranks need each other. An access that fails, or that
-    has no answer in time, means that rank 0 is gone: over a link that lost its packets the store
-    itself would wait for ever, deaf to signals.
-    """
-
-    def __init__(self, rank: int, timeout_seconds: float) -> None:
-        self._timeout = timeout_seconds
-        self.phase = "start"
-        exchange = dist.distributed_c10d._get_default_store()
-        address_key, timeout = f"accel_train/board{next(_boards)}", timedelta(seconds=timeout_seconds)
-        host = os.environ.get("MASTER_ADDR", "localhost")
-        serves = rank == 0
-        port = 0 if serves else int(exchange.get(address_key))
-        self._store = dist.TCPStore(  # type: ignore[attr-defined] # exported, but not by name
-            host, port, is_master=serves, wait_for_workers=False, timeout=timeout
-        )
-        self._caller = None if serves else _Caller()
-        if serves:
-            exchange.set(address_key, str(self._store.port))
-
-    def give_up_after(self, seconds: float) -> None:
-        """From now on wait so long for an answer."""
-        self._timeout = seconds
-
-    def set(self, key: str, value: str) -> None:
-        self._ask(lambda: self._store.set(key, value))
-
-    def get(self, key: str) -> str:
-        return self._ask(lambda: bytes(self._store.get(key)).decode())
-
-    def has(self, key: str) -> bool:
-        return self._ask(lambda: bool(self._store.check([key])))
-
-    def _ask(self, access: Callable[[], T]) -> T:
-        try:
-            return access() if self._caller is None else self._caller.call(access, self._timeout)
-        except TimeoutError as error:
-            raise LostPeer(
-                f"rank 0 has not answered for {self._timeout:g} s (waiting for '{self.phase}'): "
-                "it or the link to its machine is down",
-                is_named=True,
-            ) from error
-        except RuntimeError as error:
-            raise LostPeer(
-                f"rank 0 is gone (waiting for '{self.phase}'): {first_line(error)}", is_named=True
-            ) from error
 
 
 class Coordinator:
@@ -189,7 +78,7 @@ class Coordinator:
         self._work: dist.Work | None = None
         self._failure: BaseException | None = None
         if self.world_size > 1:
-            self._store = _Board(self.rank, timeout_seconds)
+            self._board = Board(self.rank, timeout_seconds)
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
             self._flag = torch.zeros(1)
 
@@ -255,7 +144,7 @@ class Coordinator:
         if self.world_size == 1:
             return work(lambda: self.stop.requested)
         self._sequence += 1
-        self._store.phase = name
+        self._board.phase = name
         key = f"phase{self._sequence}"
         result = self._lead(key, name, work) if self.is_main else self._follow(key, name)
         return cast(T, result)
@@ -265,7 +154,7 @@ class Coordinator:
         if self.world_size > 1:
             notice = {"rank": self.rank, "error": str(error), "kind": type(error).__name__}
             try:
-                self._store.set("failure", json.dumps(notice))
+                self._board.set("failure", json.dumps(notice))
             except LostPeer as lost:
                 log.warning("the other ranks could not be told of the failure: %s", lost)
 
@@ -273,7 +162,7 @@ class Coordinator:
         """``error``, its message completed by the ranks that do not answer a last call of a few seconds."""
         if error.is_named:
             return error
-        self._store.give_up_after(_ROLL_CALL_SECONDS)
+        self._board.give_up_after(_ROLL_CALL_SECONDS)
         try:
             silent = self._call_the_roll()
         except LostPeer:
@@ -282,25 +171,26 @@ class Coordinator:
         return LostPeer(f"{who}{error}", is_named=True)
 
     def _call_the_roll(self) -> list[int]:
-        others = [rank for rank in range(self.world_size) if rank != self.rank]
-        self._store.set(f"roll/{self.rank}", "")
+        # Rank 0 lives as long as its board answers, busy as it may be.
+        others = [rank for rank in range(1, self.world_size) if rank != self.rank]
+        self._board.set(f"roll/{self.rank}", "")
         deadline = time.monotonic() + _ROLL_CALL_SECONDS
-        while silent := [rank for rank in others if not self._store.has(f"roll/{rank}")]:
+        while silent := [rank for rank in others if not self._board.has(f"roll/{rank}")]:
             if time.monotonic() > deadline:
                 break
             time.sleep(_POLL_SECONDS)
-        self._store.set(f"roll/{self.rank}/read", "")
+        self._board.set(f"roll/{self.rank}/read", "")
         if self.is_main:
             # The board leaves with this process: not before those who answered have read it.
             answered = [rank for rank in others if rank not in silent]
-            while not all(self._store.has(f"roll/{rank}/read") for rank in answered):
+            while not all(self._board.has(f"roll/{rank}/read") for rank in answered):
                 if time.monotonic() > deadline + _ROLL_CALL_SECONDS:
                     break
                 time.sleep(_POLL_SECONDS)
         return silent
 
     def _raise_announced(self, name: str) -> NoReturn:
-        notice = json.loads(self._store.get("failure"))
+        notice = json.loads(self._board.get("failure"))
         raise PeerFailed(notice["rank"], name, notice["error"], notice["kind"])
 
     def gather(self, name: str, value: Any) -> list[Any]:
@@ -308,12 +198,12 @@ class Coordinator:
         if self.world_size == 1:
             return [value]
         self._sequence += 1
-        self._store.phase = name
+        self._board.phase = name
         key = f"gather{self._sequence}"
-        self._store.set(f"{key}/{self.rank}", json.dumps(value))
+        self._board.set(f"{key}/{self.rank}", json.dumps(value))
         self._await_ranks(key, name)
-        values = [json.loads(self._store.get(f"{key}/{rank}")) for rank in range(self.world_size)]
-        self._store.set(f"{key}/read/{self.rank}", "")
+        values = [json.loads(self._board.get(f"{key}/{rank}")) for rank in range(self.world_size)]
+        self._board.set(f"{key}/read/{self.rank}", "")
         if self.is_main:
             # The store lives in this process, which may be about to leave: not before all have read.
             self._await_ranks(f"{key}/read", name)
@@ -325,38 +215,38 @@ class Coordinator:
                 result = work(self._stop_reader(key, name))
         except BaseException as error:
             outcome = {"error": str(error), "kind": type(error).__name__, "interrupted": isinstance(error, Interrupted)}
-            self._store.set(f"{key}/outcome", json.dumps(outcome))
+            self._board.set(f"{key}/outcome", json.dumps(outcome))
             if isinstance(error, Interrupted):
                 self._await_ranks(key, name)
             raise
         encoded = json.dumps({"value": result})
-        self._store.set(f"{key}/outcome", encoded)
+        self._board.set(f"{key}/outcome", encoded)
         # Collectives may follow: start them only when nobody is still polling.
-        self._store.set(f"{key}/{self.rank}", "ready")
+        self._board.set(f"{key}/{self.rank}", "ready")
         self._await_ranks(key, name)
         return cast(T, json.loads(encoded)["value"])
 
     def _follow(self, key: str, name: str) -> Any:
         posted, beat, seen_at = False, "", time.monotonic()
         own_beats, next_beat = 0, 0.0
-        while not self._store.has(f"{key}/outcome"):
+        while not self._board.has(f"{key}/outcome"):
             if time.monotonic() >= next_beat:
                 own_beats, next_beat = own_beats + 1, time.monotonic() + _HEARTBEAT_SECONDS
-                self._store.set(f"{key}/beat/{self.rank}", str(own_beats))
+                self._board.set(f"{key}/beat/{self.rank}", str(own_beats))
             if self.stop.requested and not posted:
-                self._store.set(f"{key}/stop", str(self.rank))
+                self._board.set(f"{key}/stop", str(self.rank))
                 posted = True
-            if self._store.has(f"{key}/beat"):
-                newest = self._store.get(f"{key}/beat")
+            if self._board.has(f"{key}/beat"):
+                newest = self._board.get(f"{key}/beat")
                 if newest != beat:
                     beat, seen_at = newest, time.monotonic()
-            if self._store.has("failure") and not self._store.has(f"{key}/outcome"):
+            if self._board.has("failure") and not self._board.has(f"{key}/outcome"):
                 self._raise_announced(name)
             if time.monotonic() - seen_at > self.timeout:
                 raise LostPeer(f"rank 0 has been silent for {self.timeout:g} s in '{name}'", is_named=True)
             time.sleep(_POLL_SECONDS)
-        outcome = json.loads(self._store.get(f"{key}/outcome"))
-        self._store.set(f"{key}/{self.rank}", "ready")
+        outcome = json.loads(self._board.get(f"{key}/outcome"))
+        self._board.set(f"{key}/{self.rank}", "ready")
         if outcome.get("interrupted"):
             raise Interrupted(outcome["error"])
         if "error" in outcome:
@@ -377,13 +267,13 @@ class Coordinator:
             now = time.monotonic()
             if not self.stop.requested and now >= next_look:
                 next_look = now + _FLAG_POLL_SECONDS
-                if self._store.has(f"{key}/stop"):
-                    self.stop.request(f"a signal to rank {self._store.get(f'{key}/stop')}")
+                if self._board.has(f"{key}/stop"):
+                    self.stop.request(f"a signal to rank {self._board.get(f'{key}/stop')}")
             if now >= next_count:
                 next_count = now + _HEARTBEAT_SECONDS
                 for rank, (beat, seen_at) in beats.items():
                     beat_key = f"{key}/beat/{rank}"
-                    newest = self._store.get(beat_key) if self._store.has(beat_key) else ""
+                    newest = self._board.get(beat_key) if self._board.has(beat_key) else ""
                     if newest != beat:
                         beats[rank] = (newest, now)
                     elif now - seen_at > self.timeout:
@@ -400,7 +290,7 @@ class Coordinator:
             count = 0
             while True:
                 count += 1
-                self._store.set(f"{key}/beat", str(count))
+                self._board.set(f"{key}/beat", str(count))
                 if done.wait(_HEARTBEAT_SECONDS):
                     return
 
@@ -415,11 +305,12 @@ class Coordinator:
     def _await_ranks(self, key: str, name: str) -> None:
         """Poll until every rank has posted ``key/rank``; the timeout names those that did not."""
         deadline = time.monotonic() + self.timeout
-        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        # Rank 0 lives as long as its board answers, busy as it may be.
+        others = [rank for rank in range(1, self.world_size) if rank != self.rank]
         while True:
             # Looked for first: a rank may have come here, gone on, and failed afterwards.
-            failed = self._store.has("failure")
-            missing = [rank for rank in others if not self._store.has(f"{key}/{rank}")]
+            failed = self._board.has("failure")
+            missing = [rank for rank in others if not self._board.has(f"{key}/{rank}")]
             if not missing:
                 return
             if failed:
@@ -432,8 +323,3 @@ class Coordinator:
 
 def _listed(ranks: list[int]) -> str:
     return ", ".join(map(str, ranks))
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what ``error`` says, or its kind."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

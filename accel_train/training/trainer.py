@@ -27,9 +27,10 @@ from accel_train.config import CheckpointConfig, TrainingConfig, canonical_json,
 from accel_train.data.loader import DatasetWithIds, build_loader, count_tokens
 from accel_train.interrupt import Interrupted
 from accel_train.observer import EVALUATION_BEGUN, SILENT, STEP_DONE, Observer
+from accel_train.training.board import LostPeer, first_line, is_lost_peer
 from accel_train.training.callbacks import Callback, LoopState, overriding
 from accel_train.training.checkpoint import Checkpointer, derive_rank_seed
-from accel_train.training.coordination import Coordinator, LostPeer, PeerFailed, first_line, is_lost_peer
+from accel_train.training.coordination import Coordinator, PeerFailed
 from accel_train.training.diagnosis import NonFinite, first_bad_tensor
 from accel_train.training.hooks import Hooks
 from accel_train.training.ledger import Ledger

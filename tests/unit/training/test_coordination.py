@@ -23,7 +23,8 @@ import json, os, signal, sys, time
 from datetime import timedelta
 import torch.distributed as dist
 from accel_train.interrupt import Interrupted
-from accel_train.training.coordination import Coordinator, LostPeer, PeerFailed
+from accel_train.training.board import LostPeer
+from accel_train.training.coordination import Coordinator, PeerFailed
 from accel_train.training.preemption import StopSignal
 dist.init_process_group("gloo", timeout=timedelta(seconds=20))
 rank = dist.get_rank()
@@ -172,6 +173,21 @@ except LostPeer as error:
     assert json.loads(out.splitlines()[-1]) == {"lost": "another rank is gone"}
 
 
+def freeze(victim: subprocess.Popen, survivor: subprocess.Popen) -> str:
+    """Stop ``victim`` and let it live, as behind a link that lost its packets; what ``survivor`` says, soon after."""
+    try:
+        victim.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        out, err = survivor.communicate(timeout=30)
+        assert time.monotonic() - began < 10
+        assert psutil.Process(victim.pid).status() == psutil.STATUS_STOPPED
+    finally:
+        victim.kill()
+        victim.wait()
+    assert survivor.returncode == 0, err
+    return json.loads(out)["text"]
+
+
 def test_a_frozen_main_process_does_not_hang_those_that_wait_for_it():
     body = """
 def work(should_stop):
@@ -185,19 +201,8 @@ except LostPeer as error:
     os._exit(0)
 """
     main, other = start(body, 2, TIMEOUT="1.5")
-    try:
-        assert json.loads(main.stdout.readline()) == {"pid": main.pid}
-        # Like a link that lost its packets: the connection stands, and nobody answers.
-        main.send_signal(signal.SIGSTOP)
-        began = time.monotonic()
-        out, err = other.communicate(timeout=30)
-        assert time.monotonic() - began < 10
-        assert psutil.Process(main.pid).status() == psutil.STATUS_STOPPED
-    finally:
-        main.kill()
-        main.wait()
-    assert other.returncode == 0, err
-    assert json.loads(out)["text"].startswith("rank 0 has not answered for 1.5 s (waiting for 'evaluation')")
+    assert json.loads(main.stdout.readline()) == {"pid": main.pid}
+    assert freeze(main, other).startswith("rank 0 has not answered for 1.5 s (waiting for 'evaluation')")
 
 
 def test_work_on_the_main_process_ends_when_a_waiting_rank_goes_silent():
@@ -216,18 +221,8 @@ except LostPeer as error:
     os._exit(0)
 """
     main, other = start(body, 2, TIMEOUT="1.5")
-    try:
-        assert json.loads(main.stdout.readline()) == {"going": True}
-        other.send_signal(signal.SIGSTOP)
-        began = time.monotonic()
-        out, err = main.communicate(timeout=30)
-        assert time.monotonic() - began < 10
-        assert psutil.Process(other.pid).status() == psutil.STATUS_STOPPED
-    finally:
-        other.kill()
-        other.wait()
-    assert main.returncode == 0, err
-    assert json.loads(out) == {"text": "rank 1 has been silent for 1.5 s in 'evaluation'"}
+    assert json.loads(main.stdout.readline()) == {"going": True}
+    assert freeze(other, main) == "rank 1 has been silent for 1.5 s in 'evaluation'"
 
 
 def in_child(code: str, *, env: dict[str, str] | None = None) -> subprocess.Popen:

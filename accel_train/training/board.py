@@ -1,0 +1,140 @@
+"""The board on which ranks leave each other word, and how a rank notices that another is gone."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+# Every rank makes its boards in the same order, so the count names them.
+_boards = itertools.count()
+
+
+class LostPeer(RuntimeError):
+    """Another rank is gone or silent: nothing may be saved, the process must leave.
+
+    Args:
+        message: what was waited for, and whom, where that is known.
+        is_named: whether ``message`` says which rank it is.
+    """
+
+    def __init__(self, message: str, *, is_named: bool = False) -> None:
+        self.is_named = is_named
+        super().__init__(message)
+
+
+_LOST_PEER_SIGNS = (
+    "connection closed",
+    "connection reset",
+    "connection refused",
+    "timed out",
+    "broken pipe",
+    "nccl",
+    "gloo",
+    "recv operation",
+)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone: backends say so in words only."""
+    theirs = dist.is_available() and (type(error) is RuntimeError or isinstance(error, dist.DistError))
+    return theirs and any(sign in str(error).lower() for sign in _LOST_PEER_SIGNS)
+
+
+class _Caller(threading.Thread):
+    """Makes calls that may never return, one after the other, so that whoever wants the answer can give up."""
+
+    def __init__(self) -> None:
+        super().__init__(name="store", daemon=True)
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            call, answer = self._calls.get()
+            try:
+                answer.set_result(call())
+            except BaseException as error:
+                answer.set_exception(error)
+
+    def call(self, call: Callable[[], T], timeout_seconds: float) -> T:
+        answer: Future[T] = Future()
+        self._calls.put((call, answer))
+        return answer.result(timeout_seconds)
+
+
+class Board:
+    """The key-value store that ranks poll: a server inside rank 0.
+
+    The process group's own store lives in the launcher, and a launcher that is killed would take
+    it along; this one lives as long as the ranks need each other. An access that fails, or that
+    has no answer in time, means that rank 0 is gone: over a link that lost its packets the store
+    itself would wait for ever, deaf to signals.
+
+    Args:
+        rank: the rank of this process; rank 0 serves the others.
+        timeout_seconds: longest wait for an answer.
+
+    Raises:
+        LostPeer: from every method, when rank 0 is gone or silent.
+    """
+
+    def __init__(self, rank: int, timeout_seconds: float) -> None:
+        self._timeout = timeout_seconds
+        self.phase = "start"
+        """What the ranks are at, for the message of the error."""
+        exchange = dist.distributed_c10d._get_default_store()
+        address_key, timeout = f"accel_train/board{next(_boards)}", timedelta(seconds=timeout_seconds)
+        host = os.environ.get("MASTER_ADDR", "localhost")
+        serves = rank == 0
+        port = 0 if serves else int(exchange.get(address_key))
+        self._store = dist.TCPStore(  # type: ignore[attr-defined] # exported, but not by name
+            host, port, is_master=serves, wait_for_workers=False, timeout=timeout
+        )
+        self._caller = None if serves else _Caller()
+        if serves:
+            exchange.set(address_key, str(self._store.port))
+
+    def give_up_after(self, seconds: float) -> None:
+        """From now on wait so long for an answer."""
+        self._timeout = seconds
+
+    def set(self, key: str, value: str) -> None:
+        """Post ``value`` under ``key``, for all ranks to see."""
+        self._ask(lambda: self._store.set(key, value))
+
+    def get(self, key: str) -> str:
+        """The value under ``key``, which must be there: see :meth:`has`."""
+        return self._ask(lambda: bytes(self._store.get(key)).decode())
+
+    def has(self, key: str) -> bool:
+        """Whether anything stands under ``key``."""
+        return self._ask(lambda: bool(self._store.check([key])))
+
+    def _ask(self, access: Callable[[], T]) -> T:
+        try:
+            return access() if self._caller is None else self._caller.call(access, self._timeout)
+        except TimeoutError as error:
+            raise LostPeer(
+                f"rank 0 has not answered for {self._timeout:g} s (waiting for '{self.phase}'): "
+                "it or the link to its machine is down",
+                is_named=True,
+            ) from error
+        except RuntimeError as error:
+            raise LostPeer(
+                f"rank 0 is gone (waiting for '{self.phase}'): {first_line(error)}", is_named=True
+            ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what ``error`` says, or its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
