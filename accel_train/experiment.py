@@ -55,7 +55,7 @@ from accel_train.training.manifest import (
     require_configuration,
     verify,
 )
-from accel_train.training.preemption import StopSignal, leaving_with_launcher
+from accel_train.training.preemption import StopSignal, leaving_while_ranks_meet
 from accel_train.training.progress import Progress, be_silent, say
 from accel_train.training.runtime import arithmetic, build_accelerator, machine
 from accel_train.training.trainer import Preempted, Trainer
@@ -91,7 +91,7 @@ def run(
         stop.die_with_launcher()
         try:
             tracking = config.tracking.log_with
-            with leaving_with_launcher(EXIT_PREEMPTED):
+            with leaving_while_ranks_meet(EXIT_PREEMPTED, stop):
                 accelerator = build_accelerator(config.training, log_with=tracking, log_dir=config.output_dir)
                 coordinator = Coordinator(stop, config.training.timeout_seconds)
         except RuntimeError as error:

@@ -8,8 +8,11 @@ handlers are idempotent.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
+import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -24,7 +27,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 # time are one.
 _SAME_INTERRUPT_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
-_ORPHAN_POLL_SECONDS = 0.5
+# Of a rank that waits for the others to come: how often it looks up, and how long it stays once signalled.
+_MEETING_POLL_SECONDS = 0.5
+_MEETING_GRACE_SECONDS = 5.0
 
 
 class StopSignal:
@@ -115,30 +120,45 @@ def ask_for_sigterm_when_launcher_dies() -> bool:
 
 
 @contextmanager
-def leaving_with_launcher(code: int) -> Iterator[None]:
-    """In the block, until the ranks have met: the launcher's death ends the process with ``code``.
+def leaving_while_ranks_meet(code: int, stop: StopSignal) -> Iterator[None]:
+    """In the block, until the ranks have met: ``stop`` or the launcher's death ends the process with ``code``.
 
-    They meet inside the launcher, in a call that runs no Python signal handler: without this, ranks
-    whose launcher is gone wait there for the whole timeout. Nothing has begun that could be saved.
+    They meet in a call that runs no Python signal handler. Without this, a rank whose launcher is gone, or
+    that waits for one that never comes, would be deaf for the whole timeout. A stop signal waits a few
+    seconds for them to meet after all, so that they can agree on it. Nothing has begun that could be saved.
+    Main thread only; does nothing for one process without a launcher.
     """
-    if not _under_launcher() or not sys.platform.startswith("linux"):
+    launcher = os.getppid() if _under_launcher() and sys.platform.startswith("linux") else None
+    if launcher is None and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    parent, met = os.getppid(), threading.Event()
+    met = threading.Event()
+    # Python's own handler writes the number of every signal here at once, whatever the main thread is doing.
+    arrivals, wakeup = socket.socketpair()
+    wakeup.setblocking(False)
 
     def watch() -> None:
+        leave_at = time.monotonic() + _MEETING_GRACE_SECONDS if stop.requested else math.inf
         while not met.is_set():
-            if _is_orphan_of(parent):
+            if select.select([arrivals], [], [], _MEETING_POLL_SECONDS)[0] and any(
+                number in STOP_SIGNALS for number in arrivals.recv(256)
+            ):
+                leave_at = min(leave_at, time.monotonic() + _MEETING_GRACE_SECONDS)
+            if time.monotonic() > leave_at or (launcher is not None and _is_orphan_of(launcher)):
                 os._exit(code)
-            met.wait(_ORPHAN_POLL_SECONDS)
 
-    thread = threading.Thread(target=watch, name="launcher-watch", daemon=True)
+    thread = threading.Thread(target=watch, name="meeting-watch", daemon=True)
+    previous = signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
     thread.start()
     try:
         yield
     finally:
+        signal.set_wakeup_fd(previous)
         met.set()
+        wakeup.send(b"\0")  # no signal has this number: the thread need not be waited for
         thread.join()
+        arrivals.close()
+        wakeup.close()
 
 
 def _is_orphan_of(parent: int) -> bool:

@@ -57,11 +57,16 @@ def rank_environments(world: int, **env: str | None) -> list[dict[str, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    return [environment(RANK=str(rank), LOCAL_RANK=str(rank), **meeting, **env) for rank in range(world)]
+    return [environment(**meeting | env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)]
 
 
-def start_ranks(config: Path, world: int, *arguments: str, **env: str | None) -> list[subprocess.Popen[str]]:
-    """:mod:`faulty_train` as plain processes, as ``srun`` starts them: no launcher signals the others when one dies."""
+def start_ranks(
+    config: Path, world: int, *arguments: str, only: int | None = None, **env: str | None
+) -> list[subprocess.Popen[str]]:
+    """:mod:`faulty_train` as plain processes, as ``srun`` starts them: no launcher signals the others when one dies.
+
+    ``only``: the one rank that is started, the others are missing.
+    """
     return [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), "--config", str(config), *arguments],
@@ -71,23 +76,32 @@ def start_ranks(config: Path, world: int, *arguments: str, **env: str | None) ->
             text=True,
             start_new_session=True,
         )
-        for of_rank in rank_environments(world, **env)
+        for rank, of_rank in enumerate(rank_environments(world, **env))
+        if only in {None, rank}
     ]
 
 
-def train(config: Path, world: int, *arguments: str, expect: int | None = 0, **env: str | None) -> str:
+def train(
+    config: Path, world: int, *arguments: str, expect: int | None = 0, fresh: bool = False, **env: str | None
+) -> str:
     """Run :mod:`faulty_train` and wait; returns the output.
 
-    As a fresh launch where the environment or a launcher matters (several processes of which one is to
-    fail); otherwise forked from a warm process.
+    Args:
+        config: the configuration file.
+        world: how many processes; 0 for one that is no rank.
+        arguments: further options.
+        expect: the exit code that it must have, of several ranks that of the first to fail; None for any.
+        fresh: launch it as users do, in new processes, several of them by a launcher; ``expect`` is then the
+            launcher's code. Otherwise all are forked from a warm process.
+        env: environment variables besides those of every launch.
     """
-    if env.keys() - {"FAULT"} or (world > 0 and (env or expect != 0)):
+    if fresh:
         return run(config, world, *arguments, script=SCRIPT, expect=expect, **env)
     output = config.parent / f"output-{secrets.token_hex(4)}.txt"
     line = [str(SCRIPT), "--config", str(config), *arguments]
-    codes = warm.run_ranks(line, rank_environments(world, **env), output, timeout=150)
+    code = warm.run_ranks(line, rank_environments(world, **env), output, timeout=150)
     printed = output.read_text()
-    assert expect is None or codes == [expect] * len(codes), printed
+    assert expect is None or code == expect, printed
     return printed
 
 

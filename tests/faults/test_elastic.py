@@ -89,7 +89,7 @@ def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused_and_not
     train(config, 2, expect=None, FAULT=fault(observer.STEP_DONE, mark, number=STEPS_PER_LAUNCH))
     assert mark.exists()
     before = (run_dir(results) / "result.json").read_bytes()
-    output = train(config, 3, expect=1)
+    output = train(config, 3, expect=2)
     assert "is not divisible by 3 processes x 1 accumulation steps" in output
     assert (run_dir(results) / "result.json").read_bytes() == before
     train(config, 2)

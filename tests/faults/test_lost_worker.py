@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -143,6 +145,47 @@ def test_a_launcher_that_is_killed_during_start_up_leaves_no_orphan_and_no_harm(
     assert not written or record(results)["status"] == "preempted"
     train(config, world)
     check_finished_like(results, expected, launches=1 + len(written))
+
+
+ADOPTING = """
+import ctypes, os, subprocess, sys
+PR_SET_CHILD_SUBREAPER = 36
+ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+print(subprocess.Popen(sys.argv[1:]).pid, flush=True)
+try:
+    while True:
+        os.wait()
+except ChildProcessError:
+    print("nobody left")
+"""
+"""Starts a command and adopts its orphans, as ``systemd --user`` and the shims of containers do."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="adoption of orphans is a feature of Linux")
+@pytest.mark.parametrize("world", [1, 2])
+def test_orphans_that_another_process_than_1_adopts_are_orphans_too(tmp_path: Path, world: int) -> None:
+    expected = undisturbed(world, tmp_path)
+    config, results = configured(tmp_path)
+    mark = tmp_path / "paused"
+    process = subprocess.Popen(
+        [sys.executable, "-c", ADOPTING, *command(config, world, script=SCRIPT)],
+        env=environment(FAULT=fault(observer.STEP_DONE, mark, "pause", number=25, seconds=2)),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    launcher = int(process.stdout.readline())
+    wait_for(lambda: mark.exists() or process.poll() is not None, "training")
+
+    end = signalled(process, lambda *_: os.kill(launcher, signal.SIGKILL))
+
+    assert end.output.endswith("nobody left\n"), end.output
+    assert end.seconds < NO_ORPHAN_AFTER
+    assert record(results)["status"] == "preempted"
+    train(config, world)
+    check_finished_like(results, expected)
 
 
 ALONE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]

@@ -89,7 +89,7 @@ def test_poison_on_one_rank_stops_all_at_its_step_and_the_run_can_go_on_without_
     # The hook of update 25 (0-based) spoils what the next step computes with.
     poison = json.dumps({"kind": kind, "step": STEP - 1, "rank": rank, "mark": str(mark)})
     if launcher:
-        train(config, world, expect=1, POISON=poison)
+        train(config, world, expect=1, fresh=True, POISON=poison)
     else:
         processes = start_ranks(config, world, POISON=poison)
         outputs = [process.communicate(timeout=90)[0] for process in processes]

@@ -74,10 +74,10 @@ def test_results_on_another_mount_than_temporary_files(tmp_path: Path, other_mou
     temporary.mkdir()
     env = {name: str(temporary) for name in ("TMPDIR", "TEMP", "TMP")}
 
-    output = train(config, world, expect=None, FAULT=fault(COMMIT_SEALED, mark, number=9), **env)
+    output = train(config, world, expect=None, FAULT=fault(COMMIT_SEALED, mark, number=9), fresh=True, **env)
     assert mark.exists(), output
     check_intact(results)
-    train(config, world, **env)
+    train(config, world, fresh=True, **env)
 
     check_finished_like(results, expected)
     assert results.stat().st_dev != temporary.stat().st_dev
@@ -107,7 +107,7 @@ def test_a_clock_that_goes_back_a_day_between_two_launches(tmp_path: Path, tomor
     config, results = configured(tmp_path)
     mark = tmp_path / "killed"
 
-    output = train(config, world, expect=None, FAULT=fault(STEP_DONE, mark, number=50), **tomorrow)
+    output = train(config, world, expect=None, FAULT=fault(STEP_DONE, mark, number=50), fresh=True, **tomorrow)
     assert mark.exists(), output
     now = datetime.now(UTC)
     created = datetime.fromisoformat(record(results)["created_at"])

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from faults import check_finished_like, check_intact, configured, fault, ranks_of, signalled, slow, start, undisturbed
+from faults import (
+    check_finished_like,
+    check_intact,
+    configured,
+    fault,
+    ranks_of,
+    signalled,
+    slow,
+    start,
+    start_ranks,
+    undisturbed,
+)
 from faults import train as launch_and_wait
 from harness import ROOT, kill_tree, record, run_dir, wait_for
 
@@ -173,6 +185,38 @@ def test_a_signal_before_the_run_has_begun_leaves_with_75_and_without_a_trace(tm
     output, _ = process.communicate(timeout=20)
     assert (process.returncode, output) == (75, "")
     assert not results.exists()
+
+
+@pytest.mark.parametrize(("rank", "number"), [(0, TERM), pytest.param(1, USR1, marks=slow)])
+def test_a_signal_to_a_rank_that_waits_for_one_that_never_comes_is_answered(
+    tmp_path: Path, rank: int, number: int
+) -> None:
+    """The wait is in a library's call that runs no Python code, and longer than this test has time."""
+    config, results = configured(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = other.getsockname()
+        if rank == 0:
+            other.close()
+        [process] = start_ranks(config, 2, only=rank, MASTER_PORT=str(address[1]))
+        try:
+            if rank == 0:
+                wait_for(lambda: is_served(address), "rank 0 to wait for the other")
+            else:
+                other.settimeout(60)
+                _held, _ = other.accept()  # and no word more
+            time.sleep(1)
+            end = signalled(process, lambda *_: process.send_signal(number), patience=30)
+        finally:
+            if process.poll() is None:
+                kill_tree(process.pid)
+    assert (end.code, end.output) == (75, "")
+    assert end.seconds < SECONDS_TO_LEAVE
+    assert not results.exists()
+
+
+def is_served(address: tuple[str, int]) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(address) == 0
 
 
 @slow

@@ -1,7 +1,7 @@
 """Launches without the seconds of importing torch: every rank is forked from one process that has it imported.
 
-For what surrounds a fault, where nothing goes wrong: the run left alone, the rerun. A fault that needs a
-launcher, a signal or an environment of its own comes to a fresh launch (``faults.start``).
+For runs left alone, for reruns, and for faults that a process does to itself. What a launcher does, what a
+signal from outside does, and what a process does at its start takes a fresh launch: ``faults.start``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import runpy
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from unittest import mock
 
@@ -36,13 +36,11 @@ def _be(argv: Sequence[str], env: Mapping[str, str], output: Path) -> None:
     runpy.run_path(argv[0], run_name="__main__")
 
 
-def run_ranks(
-    argv: Sequence[str], envs: Sequence[Mapping[str, str]], output: Path, *, timeout: float
-) -> list[int | None]:
-    """Run ``python argv`` once for each environment, all at a time; returns their exit codes.
+def run_ranks(argv: Sequence[str], envs: Sequence[Mapping[str, str]], output: Path, *, timeout: float) -> int:
+    """Run ``python argv`` once for each environment, all at a time; returns 0, or the code of the first that failed.
 
-    The warm process is started by the first call and ends with the caller's process. What all of them
-    print is appended to ``output``.
+    When one fails the others get SIGTERM, as from a launcher. What all of them print is appended to
+    ``output``. The warm process is started by the first call and ends with the caller's process.
 
     Raises:
         TimeoutError: one did not end in ``timeout`` seconds; all are killed.
@@ -50,15 +48,19 @@ def run_ranks(
     # Libraries read the number of threads when they are loaded.
     with mock.patch.dict(os.environ, environment(), clear=True):
         forkserver.ensure_running()
-    processes = [_ranks.Process(target=_be, args=(argv, env, output)) for env in envs]
-    for process in processes:
+    running = [_ranks.Process(target=_be, args=(argv, env, output)) for env in envs]
+    for process in running:
         process.start()
-    deadline = time.monotonic() + timeout
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-    stuck = [process for process in processes if process.is_alive()]
-    for process in stuck:
-        process.kill()
-    if stuck:
-        raise TimeoutError(f"{argv} did not end in {timeout} s: {output.read_text()}")
-    return [process.exitcode for process in processes]
+    code, deadline = 0, time.monotonic() + timeout
+    while running:
+        if not connection.wait([process.sentinel for process in running], deadline - time.monotonic()):
+            for process in running:
+                process.kill()
+            raise TimeoutError(f"{argv} did not end in {timeout} s: {output.read_text()}")
+        for process in [process for process in running if process.exitcode is not None]:
+            running.remove(process)
+            if process.exitcode and not code:
+                code = process.exitcode
+                for other in running:
+                    other.terminate()
+    return code
