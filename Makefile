@@ -21,7 +21,7 @@ test: setup ## run every test but the slow lanes
 	$(BIN)/pytest -n 2 -m "not slow and not gpu"
 
 faults: setup ## inject every fault into real processes (about 15 minutes on two cores)
-	$(BIN)/pytest tests/faults -n 3 --dist worksteal --durations 15 --ignore tests/faults/test_slurm.py --ignore tests/faults/test_net.py
+	$(BIN)/pytest tests/faults -n 4 --dist worksteal --durations 15 --ignore tests/faults/test_slurm.py --ignore tests/faults/test_net.py
 
 faults-net: setup ## cut the link between two machines (Linux, root; one to three minutes)
 	$(BIN)/pytest tests/faults/test_net.py -m slow

@@ -94,9 +94,14 @@ def run(
             with leaving_while_ranks_meet(EXIT_PREEMPTED, stop):
                 accelerator = build_accelerator(config.training, log_with=tracking, log_dir=config.output_dir)
                 coordinator = Coordinator(stop, config.training.timeout_seconds)
+        except KeyboardInterrupt:
+            return EXIT_PREEMPTED
         except RuntimeError as error:
             if not is_lost_peer(error):
                 raise
+            if stop.requested:
+                # The others were asked as well, and have left a moment before this one.
+                return EXIT_PREEMPTED
             log.error("accel-train: error: a process was gone before all had met (%s)", first_line(error))
             return EXIT_FAILED
         run_log = RunLog(coordinator.rank)

@@ -171,7 +171,9 @@ class Coordinator:
         return LostPeer(f"{who}{error}", is_named=True)
 
     def _call_the_roll(self) -> list[int]:
-        # Rank 0 lives as long as its board answers, busy as it may be.
+        if not self.is_main:
+            # Rank 0 lives as long as its board answers, busy as it may be: ask, since posting alone expects no answer.
+            self._board.has("roll/0")
         others = [rank for rank in range(1, self.world_size) if rank != self.rank]
         self._board.set(f"roll/{self.rank}", "")
         deadline = time.monotonic() + _ROLL_CALL_SECONDS
@@ -305,8 +307,7 @@ class Coordinator:
     def _await_ranks(self, key: str, name: str) -> None:
         """Poll until every rank has posted ``key/rank``; the timeout names those that did not."""
         deadline = time.monotonic() + self.timeout
-        # Rank 0 lives as long as its board answers, busy as it may be.
-        others = [rank for rank in range(1, self.world_size) if rank != self.rank]
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
         while True:
             # Looked for first: a rank may have come here, gone on, and failed afterwards.
             failed = self._board.has("failure")

@@ -133,7 +133,6 @@ def leaving_while_ranks_meet(code: int, stop: StopSignal) -> Iterator[None]:
         yield
         return
     met = threading.Event()
-    # Python's own handler writes the number of every signal here at once, whatever the main thread is doing.
     arrivals, wakeup = socket.socketpair()
     wakeup.setblocking(False)
 
@@ -148,17 +147,20 @@ def leaving_while_ranks_meet(code: int, stop: StopSignal) -> Iterator[None]:
                 os._exit(code)
 
     thread = threading.Thread(target=watch, name="meeting-watch", daemon=True)
-    previous = signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
-    thread.start()
+    previous = -1
     try:
+        # Python's own handler writes the number of every signal here at once, whatever the main thread is doing.
+        previous = signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+        thread.start()
         yield
     finally:
-        signal.set_wakeup_fd(previous)
+        # A second interrupt may raise anywhere in here: what must not be left behind comes first.
         met.set()
-        wakeup.send(b"\0")  # no signal has this number: the thread need not be waited for
-        thread.join()
-        arrivals.close()
-        wakeup.close()
+        signal.set_wakeup_fd(previous)
+        with arrivals, wakeup:
+            wakeup.send(b"\0")  # no signal has this number: the thread need not be waited for
+            if thread.ident is not None:
+                thread.join()
 
 
 def _is_orphan_of(parent: int) -> bool:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,8 @@ def start(config: Path, world: int, *arguments: str, **env: str | None) -> subpr
 
 
 def rank_environments(world: int, **env: str | None) -> list[dict[str, str]]:
-    """The environments of ranks that no launcher starts; 0 stands for one process that is no rank."""
-    if world == 0:
+    """The environments of ranks that no launcher starts; one process is no rank, and as little distributed as alone."""
+    if world <= 1:
         return [environment(**env)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -61,11 +62,11 @@ def rank_environments(world: int, **env: str | None) -> list[dict[str, str]]:
 
 
 def start_ranks(
-    config: Path, world: int, *arguments: str, only: int | None = None, **env: str | None
+    config: Path, world: int, *arguments: str, only: Collection[int] | None = None, **env: str | None
 ) -> list[subprocess.Popen[str]]:
     """:mod:`faulty_train` as plain processes, as ``srun`` starts them: no launcher signals the others when one dies.
 
-    ``only``: the one rank that is started, the others are missing.
+    ``only``: the ranks that are started, by default all.
     """
     return [
         subprocess.Popen(
@@ -77,7 +78,7 @@ def start_ranks(
             start_new_session=True,
         )
         for rank, of_rank in enumerate(rank_environments(world, **env))
-        if only in {None, rank}
+        if only is None or rank in only
     ]
 
 
@@ -88,7 +89,7 @@ def train(
 
     Args:
         config: the configuration file.
-        world: how many processes; 0 for one that is no rank.
+        world: how many processes; one without a launcher is 0 or 1, with one (``fresh``) it is 1.
         arguments: further options.
         expect: the exit code that it must have, of several ranks that of the first to fail; None for any.
         fresh: launch it as users do, in new processes, several of them by a launcher; ``expect`` is then the

@@ -38,6 +38,16 @@ CASES = [
     *[(point, LATER[point], 2, 3) for point in (observer.STEP_DONE, observer.SAVE_WRITTEN)],
     *[(point, LATER[point], 0, 3) for point in (observer.EVALUATION_BEGUN, observer.COMMIT_SEALED)],
 ]
+FRESH = {
+    (observer.STEP_DONE, 25, 0, 2),
+    (observer.EVALUATION_BEGUN, 2, 0, 2),
+    (observer.COMMIT_SEALED, 9, 0, 2),
+    (observer.ROTATION_RENAMED, 5, 0, 2),
+    (observer.RECORD_WRITTEN_ASIDE, 3, 0, 2),
+    (observer.CORPUS_BEGUN, 1, 0, 2),
+    (observer.SAVE_WRITTEN, 9, 1, 2),
+}
+"""These are launched as users do, by a launcher; the rest is forked from a warm process."""
 QUICK = {(observer.SAVE_HALF_WRITTEN, 9, 0, 0), (observer.COMMIT_SEALED, 9, 0, 2)}
 
 
@@ -51,7 +61,11 @@ def test_a_run_killed_at_any_point_ends_with_the_same_bits(
     config, results = configured(tmp_path)
     mark = tmp_path / "killed"
 
-    output = train(config, world, expect=None, FAULT=fault(point, mark, number=number, rank=rank))
+    # How long survivors wait for the dead is another test's.
+    short = ("--training.timeout_seconds", "10")
+    fresh = (point, number, rank, world) in FRESH
+    here = fault(point, mark, number=number, rank=rank)
+    output = train(config, world, *short, expect=None, fresh=fresh, FAULT=here)
 
     assert mark.exists(), f"{point} was never reached: {output}"
     path = run_dir(results)
@@ -61,7 +75,7 @@ def test_a_run_killed_at_any_point_ends_with_the_same_bits(
     recorded = (path / "result.json").exists()
     if recorded:
         assert record(results)["status"] == "running"
-    train(config, world)
+    train(config, world, fresh=fresh)
     check_finished_like(results, expected, launches=1 + recorded)
     resumes = record(results)["provenance"]["resumes"]
     if before:

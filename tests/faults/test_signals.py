@@ -187,30 +187,38 @@ def test_a_signal_before_the_run_has_begun_leaves_with_75_and_without_a_trace(tm
     assert not results.exists()
 
 
-@pytest.mark.parametrize(("rank", "number"), [(0, TERM), pytest.param(1, USR1, marks=slow)])
-def test_a_signal_to_a_rank_that_waits_for_one_that_never_comes_is_answered(
-    tmp_path: Path, rank: int, number: int
+@pytest.mark.parametrize(
+    ("there", "world", "number"), [((0, 1), 3, TERM), pytest.param((0,), 2, INT, marks=slow), ((1,), 2, USR1)]
+)
+def test_a_signal_to_ranks_that_wait_for_one_that_never_comes_is_answered(
+    tmp_path: Path, there: tuple[int, ...], world: int, number: int
 ) -> None:
     """The wait is in a library's call that runs no Python code, and longer than this test has time."""
     config, results = configured(tmp_path)
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        address = other.getsockname()
-        if rank == 0:
-            other.close()
-        [process] = start_ranks(config, 2, only=rank, MASTER_PORT=str(address[1]))
+    with socket.create_server(("127.0.0.1", 0)) as absent:
+        address = absent.getsockname()
+        if 0 in there:
+            absent.close()
+        processes = start_ranks(config, world, only=there, MASTER_PORT=str(address[1]))
         try:
-            if rank == 0:
-                wait_for(lambda: is_served(address), "rank 0 to wait for the other")
+            if 0 in there:
+                wait_for(lambda: is_served(address), "rank 0 to wait for the others")
             else:
-                other.settimeout(60)
-                _held, _ = other.accept()  # and no word more
-            time.sleep(1)
-            end = signalled(process, lambda *_: process.send_signal(number), patience=30)
+                absent.settimeout(60)
+                _held, _ = absent.accept()  # and no word more
+            time.sleep(3)  # rank 1 comes after rank 0
+            asked_at = time.monotonic()
+            for process in processes:
+                process.send_signal(number)
+            outputs = [process.communicate(timeout=30)[0] for process in processes]
+            seconds = time.monotonic() - asked_at
         finally:
-            if process.poll() is None:
-                kill_tree(process.pid)
-    assert (end.code, end.output) == (75, "")
-    assert end.seconds < SECONDS_TO_LEAVE
+            for process in processes:
+                if process.poll() is None:
+                    kill_tree(process.pid)
+    assert [process.returncode for process in processes] == [75] * len(there), outputs
+    assert seconds < SECONDS_TO_LEAVE
+    assert not any("Traceback" in output for output in outputs), outputs
     assert not results.exists()
 
 

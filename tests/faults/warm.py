@@ -1,7 +1,8 @@
 """Launches without the seconds of importing torch: every rank is forked from one process that has it imported.
 
 For runs left alone, for reruns, and for faults that a process does to itself. What a launcher does, what a
-signal from outside does, and what a process does at its start takes a fresh launch: ``faults.start``.
+signal from outside does, and what a process does at its start or in its last moments (``atexit``, the end of
+the interpreter) takes a fresh launch: ``faults.start``, or ``faults.train(fresh=True)``.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import runpy
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from multiprocessing import connection, forkserver
 from pathlib import Path
 from unittest import mock
 
+import psutil
 from harness import environment
 
 _ranks = multiprocessing.get_context("forkserver")
@@ -33,34 +36,55 @@ def _be(argv: Sequence[str], env: Mapping[str, str], output: Path) -> None:
     os.environ.update(env)
     sys.path[:0] = [str(Path(argv[0]).parent), *env["PYTHONPATH"].split(os.pathsep)]
     sys.argv = list(argv)
+    # Data workers are children of their rank, as in a process that nobody forked.
+    multiprocessing.set_start_method("fork", force=True)
     runpy.run_path(argv[0], run_name="__main__")
 
 
+def _members(sessions: set[int]) -> list[psutil.Process]:
+    """The processes that belong to one of ``sessions``: a rank begins one, and its children are in it."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError):
+            if os.getsid(process.pid) in sessions and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
 def run_ranks(argv: Sequence[str], envs: Sequence[Mapping[str, str]], output: Path, *, timeout: float) -> int:
-    """Run ``python argv`` once for each environment, all at a time; returns 0, or the code of the first that failed.
+    """Run ``python argv`` once for each environment, all at a time; returns 0, or the code of one that failed first.
 
     When one fails the others get SIGTERM, as from a launcher. What all of them print is appended to
     ``output``. The warm process is started by the first call and ends with the caller's process.
 
     Raises:
-        TimeoutError: one did not end in ``timeout`` seconds; all are killed.
+        TimeoutError: one did not end in ``timeout`` seconds.
+        AssertionError: a rank has left a child behind.
     """
     # Libraries read the number of threads when they are loaded.
     with mock.patch.dict(os.environ, environment(), clear=True):
         forkserver.ensure_running()
-    running = [_ranks.Process(target=_be, args=(argv, env, output)) for env in envs]
-    for process in running:
-        process.start()
-    code, deadline = 0, time.monotonic() + timeout
-    while running:
-        if not connection.wait([process.sentinel for process in running], deadline - time.monotonic()):
-            for process in running:
-                process.kill()
-            raise TimeoutError(f"{argv} did not end in {timeout} s: {output.read_text()}")
-        for process in [process for process in running if process.exitcode is not None]:
-            running.remove(process)
-            if process.exitcode and not code:
-                code = process.exitcode
-                for other in running:
-                    other.terminate()
-    return code
+    ranks = [_ranks.Process(target=_be, args=(argv, env, output)) for env in envs]
+    begun = []
+    try:
+        for rank in ranks:
+            rank.start()
+            begun.append(rank)
+        code, deadline, running = 0, time.monotonic() + timeout, list(ranks)
+        while running:
+            if not connection.wait([rank.sentinel for rank in running], deadline - time.monotonic()):
+                raise TimeoutError(f"{argv} did not end in {timeout} s: {output.read_text()}")
+            for rank in [rank for rank in running if rank.exitcode is not None]:
+                running.remove(rank)
+                if rank.exitcode and not code:
+                    code = rank.exitcode
+                    for other in running:
+                        other.terminate()
+        left = _members({rank.pid for rank in begun})
+        assert not left, f"left behind: {left}"
+        return code
+    finally:
+        for process in _members({rank.pid for rank in begun}):
+            process.kill()
+        for rank in begun:
+            rank.join()

@@ -115,10 +115,11 @@ except Exception as error:
     assert other == [{"kind": "PeerFailed", "text": "rank 0 failed (waiting for 'corpus'): ValueError: no such graph"}]
 
 
-def test_a_failure_of_another_rank_is_heard_while_waiting():
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_failure_of_another_rank_is_heard_while_waiting(culprit):
     body = """
 try:
-    if rank == 1:
+    if rank == int(os.environ["CULPRIT"]):
         error = OSError("disk full")
         coordinator.announce_failure(error)
         report(left=True)
@@ -128,15 +129,17 @@ except PeerFailed as error:
     report(text=str(error), kind=error.kind)
 time.sleep(1)
 """
-    main, other = finish(start(body, 2))
-    assert main == [{"text": "rank 1 failed (waiting for 'checkpoint files'): OSError: disk full", "kind": "OSError"}]
-    assert other == [{"left": True}]
+    outputs = finish(start(body, 2, CULPRIT=str(culprit)))
+    heard = f"rank {culprit} failed (waiting for 'checkpoint files'): OSError: disk full"
+    assert outputs[1 - culprit] == [{"text": heard, "kind": "OSError"}]
+    assert outputs[culprit] == [{"left": True}]
 
 
-def test_a_missing_rank_is_named_when_the_wait_is_over():
+@pytest.mark.parametrize("late", [0, 2])
+def test_a_missing_rank_is_named_when_the_wait_is_over(late):
     body = """
 try:
-    if rank != 2:
+    if rank != int(os.environ["LATE"]):
         coordinator.gather("checkpoint files", rank)
     else:
         time.sleep(3)
@@ -144,9 +147,9 @@ except LostPeer as error:
     report(text=str(error))
 time.sleep(2)
 """
-    outputs = finish(start(body, 3, TIMEOUT="1.5"))
-    expected = "rank 2 did not arrive at 'checkpoint files' within 1.5 s"
-    assert outputs == [[{"text": expected}], [{"text": expected}], []]
+    outputs = finish(start(body, 3, TIMEOUT="1.5", LATE=str(late)))
+    expected = [{"text": f"rank {late} did not arrive at 'checkpoint files' within 1.5 s"}]
+    assert outputs == [[] if rank == late else expected for rank in range(3)]
 
 
 def test_a_killed_peer_is_noticed_at_the_next_agreement():
@@ -225,6 +228,26 @@ except LostPeer as error:
     assert freeze(other, main) == "rank 1 has been silent for 1.5 s in 'evaluation'"
 
 
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_rank_is_named_in_the_roll_call(frozen):
+    body = """
+try:
+    while True:
+        assert not coordinator.poll()
+        if rank == int(os.environ["FROZEN"]):
+            report(going=True)
+        time.sleep(0.05)
+except LostPeer as error:
+    report(text=str(coordinator.named(error)))
+    sys.stdout.flush()
+    os._exit(0)
+"""
+    ranks = start(body, 2, TIMEOUT="1.5", FROZEN=str(frozen))
+    assert json.loads(ranks[frozen].stdout.readline()) == {"going": True}
+    said = freeze(ranks[frozen], ranks[1 - frozen])
+    assert said.startswith(f"rank {frozen} does not answer any more: another rank is gone"), said
+
+
 def in_child(code: str, *, env: dict[str, str] | None = None) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
@@ -252,6 +275,28 @@ def test_a_second_interrupt_stops_at_once(monkeypatch):
         assert stop.requested
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+MEETING = """
+import time
+from accel_train.training.preemption import StopSignal, leaving_while_ranks_meet
+stop = StopSignal()
+with stop.installed():
+    with leaving_while_ranks_meet(75, stop):
+        print("meeting", flush=True)
+        time.sleep({seconds})
+    print("met", stop.signal_name, flush=True)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "code", "says"), [(2, 0, "met SIGUSR1\n"), (60, 75, "")])
+def test_ranks_that_are_asked_to_stop_have_a_few_seconds_to_meet(seconds, code, says):
+    """With one launched by hand and signalled alone, those that come within them still agree with it."""
+    process = in_child(MEETING.format(seconds=seconds), env={"WORLD_SIZE": "2"})
+    assert process.stdout.readline() == "meeting\n"
+    process.send_signal(signal.SIGUSR1)
+    out, _ = process.communicate(timeout=10)
+    assert (process.returncode, out) == (code, says)
 
 
 ORPHAN = """
