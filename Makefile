@@ -20,8 +20,10 @@ train: setup ## train the quick walk run to a passed gate, on whatever device th
 test: setup ## run every test but the slow lanes
 	$(BIN)/pytest -n 2 -m "not slow and not gpu"
 
-faults: setup ## inject every fault into real processes (about 15 minutes on two cores)
-	$(BIN)/pytest tests/faults -n 4 --dist worksteal --durations 15 --ignore tests/faults/test_slurm.py --ignore tests/faults/test_net.py
+FAULTS_ELSEWHERE := test_net test_slurm test_storm
+
+faults: setup ## inject every fault into real processes (15 to 20 minutes on two cores)
+	$(BIN)/pytest tests/faults -n 3 --dist worksteal --durations 15 $(FAULTS_ELSEWHERE:%=--ignore tests/faults/%.py)
 
 faults-net: setup ## cut the link between two machines (Linux, root; one to three minutes)
 	$(BIN)/pytest tests/faults/test_net.py -m slow

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import gc
 import importlib
 import itertools
 import json
@@ -69,15 +70,31 @@ def train_main(
 
     def run() -> int:
         config, earlier = parse_config(options)
-        experiment = importlib.import_module("accel_train.experiment")
+        experiment = _import_experiment()
         whole = list(command or [sys.argv[0], *options])
         code: int = experiment.run(config, earlier=earlier, command=whole, observer=observer)
         return code
 
     with leaving_on_stop_signals(EXIT_PREEMPTED):
         # Before the seconds of importing torch: a launcher that dies in them takes this process along.
-        ask_for_sigterm_when_launcher_dies()
+        if ask_for_sigterm_when_launcher_dies():
+            return EXIT_PREEMPTED
         return _guarded(run)
+
+
+def _import_experiment() -> types.ModuleType:
+    """Import what trains; without the collector, which would walk over torch's new objects again and again."""
+    name = "accel_train.experiment"
+    if name in sys.modules or not gc.isenabled():
+        return importlib.import_module(name)
+    gc.disable()
+    try:
+        module = importlib.import_module(name)
+        # They stay to the end: neither collections in training nor forked data workers shall touch them.
+        gc.freeze()
+    finally:
+        gc.enable()
+    return module
 
 
 def _guarded(action: Callable[[], int]) -> int:

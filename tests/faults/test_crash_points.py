@@ -47,7 +47,7 @@ FRESH = {
     (observer.CORPUS_BEGUN, 1, 0, 2),
     (observer.SAVE_WRITTEN, 9, 1, 2),
 }
-"""These are launched as users do, by a launcher; the rest is forked from a warm process."""
+"""These are killed under a launcher; the rest is forked from a warm process."""
 QUICK = {(observer.SAVE_HALF_WRITTEN, 9, 0, 0), (observer.COMMIT_SEALED, 9, 0, 2)}
 
 
@@ -63,8 +63,8 @@ def test_a_run_killed_at_any_point_ends_with_the_same_bits(
 
     # How long survivors wait for the dead is another test's.
     short = ("--training.timeout_seconds", "10")
-    fresh = (point, number, rank, world) in FRESH
     here = fault(point, mark, number=number, rank=rank)
+    fresh = (point, number, rank, world) in FRESH
     output = train(config, world, *short, expect=None, fresh=fresh, FAULT=here)
 
     assert mark.exists(), f"{point} was never reached: {output}"
@@ -75,7 +75,7 @@ def test_a_run_killed_at_any_point_ends_with_the_same_bits(
     recorded = (path / "result.json").exists()
     if recorded:
         assert record(results)["status"] == "running"
-    train(config, world, fresh=fresh)
+    train(config, world)
     check_finished_like(results, expected, launches=1 + recorded)
     resumes = record(results)["provenance"]["resumes"]
     if before:

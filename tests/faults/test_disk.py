@@ -141,11 +141,13 @@ def test_a_checkpoint_directory_that_becomes_read_only(tmp_path: Path, mount: Mo
     directory.mkdir(parents=True)
     mount(directory, "--bind", directory)
     mark = tmp_path / "remounted"
+    # Refused as long as the other rank has a file open for writing there.
+    remount = f"for _ in {{1..500}}; do mount -o remount,bind,ro '{directory}' && exit; sleep 0.01; done; exit 1"
 
     output = launch_with_fault(
         config,
         world,
-        fault(SAVE_BEGUN, mark, number=NINTH, do="run", command=f"mount -o remount,bind,ro '{directory}'"),
+        fault(SAVE_BEGUN, mark, number=NINTH, do="run", command=remount),
     )
 
     assert mark.exists()
