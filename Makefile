@@ -18,7 +18,7 @@ train: setup ## train the quick walk run to a passed gate, on whatever device th
 	$(BIN)/accelerate launch --config_file accelerate_config.yaml scripts/train.py --config examples/walks_quick.yaml
 
 test: setup ## run every test but the slow lanes
-	$(BIN)/pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 FAULTS_ELSEWHERE := test_net test_slurm test_storm
 
