@@ -118,7 +118,11 @@ class Attention(nn.Module):
             key, value = cache.append(self.layer, key, value)
         dropout = self.dropout if self.training else 0.0
         # A single query may look at every cached key; a prefill starts from an empty cache.
-        mixed = functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=time > 1)
+        # A branch, not an expression: to the compiler the length may be a variable, and attention wants a plain bool.
+        causal = False
+        if time > 1:
+            causal = True
+        mixed = functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=causal)
         mixed = mixed.transpose(1, 2).reshape(batch, time, width)
         return self.output(mixed)  # type: ignore[no-any-return]
 

@@ -182,9 +182,13 @@ def test_too_many_tokens_are_refused(positions):
 
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_is_one_graph_for_the_compiler(positions):
-    model, tokens = tiny(positions=positions), some_tokens()
+    """Of any length: from the second on the compiler takes it for a variable."""
+    torch.compiler.reset()
+    model = tiny(positions=positions)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(tokens), model(tokens))
+    for length in (12, 7, 9, 1):
+        tokens = some_tokens(2, length)
+        assert torch.equal(compiled(tokens), model(tokens))
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
