@@ -14,6 +14,7 @@ import gc
 import importlib
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -41,6 +42,7 @@ from accel_train.record import (
 )
 from accel_train.training.preemption import ask_for_sigterm_when_launcher_dies, leaving_on_stop_signals
 
+_TEXT_OPTIONS = ("prompt", "max_tokens", "temperature", "top_k", "top_p", "seed")
 EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
 LAST_WORDS_SECONDS = 10.0
 
@@ -335,9 +337,16 @@ def _commands() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="judge the newest checkpoint of a run by its gate; prints JSON")
     evaluate.add_argument("run", type=Path, help="run directory")
 
-    generate = commands.add_parser("generate", help="print sequences made by the newest checkpoint of a run")
+    generate = commands.add_parser("generate", help="print what the newest checkpoint of a run writes")
     generate.add_argument("run", type=Path, help="run directory")
-    generate.add_argument("--num", type=_positive, default=5, help="number of sequences (default: 5)")
+    generate.add_argument("--num", type=_positive, help="number of sequences (default: walks 5, text 1)")
+    text = generate.add_argument_group("runs of the text task")
+    text.add_argument("--prompt", help="text to continue (default: the run's text.prompt)")
+    text.add_argument("--max-tokens", type=_positive, help="tokens to write (default: 200)")
+    text.add_argument("--temperature", type=_number(0), help="0 takes the most likely token (default: the run's)")
+    text.add_argument("--top-k", type=_positive, help="sample from the so many most likely tokens")
+    text.add_argument("--top-p", type=_number(0, 1), help="sample from the fewest tokens of this probability")
+    text.add_argument("--seed", type=int, help="seed of the samples (default: 0)")
     return parser
 
 
@@ -347,23 +356,52 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _number(least: float, most: float | None = None) -> Callable[[str], float]:
+    """A type of argparse: numbers from ``least`` to ``most``."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= (math.inf if most is None else most):
+            wanted = f"at least {least:g}" if most is None else f"from {least:g} to {most:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {wanted}")
+        return value
+
+    return read
+
+
 def _dispatch(arguments: argparse.Namespace) -> int:
     if arguments.command == "runs":
         return _runs(arguments)
     if arguments.command == "checkpoints":
         return _checkpoints(arguments)
-    experiment = importlib.import_module("accel_train.experiment")
+    inference = importlib.import_module("accel_train.inference")
     try:
         if arguments.command == "evaluate":
-            print(strict_json(experiment.evaluate(arguments.run)))
+            print(strict_json(inference.evaluate(arguments.run)))
         else:
-            for sequence in experiment.generate_samples(arguments.run, arguments.num):
-                print(*sequence)
+            _generate(arguments, inference)
     except BrokenPipeError:
         raise
-    except (experiment.CheckpointError, experiment.CorpusError, OSError) as error:
+    except (inference.CheckpointError, inference.CorpusError, inference.TokenizerError, OSError) as error:
         return _complain(str(error), EXIT_FAILED)
     return 0
+
+
+def _generate(arguments: argparse.Namespace, inference: types.ModuleType) -> None:
+    options = {name: value for name in _TEXT_OPTIONS if (value := getattr(arguments, name)) is not None}
+    if inference.task_of(arguments.run) == "text":
+        chosen = options if arguments.num is None else {"num": arguments.num, **options}
+        pieces = inference.generate_text(arguments.run, inference.TextOptions(**chosen))
+    else:
+        for name in options:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(option, options[name], "is for runs of the text task; this one walks")
+        pieces = inference.generate_walks(arguments.run, arguments.num or 5)
+    for piece in pieces:
+        print(piece, end="", flush=True)
 
 
 def _runs(arguments: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from accel_train.data.cache import cached
 from accel_train.data.windows import WalkDataset
 from accel_train.model.generation import generate
 from accel_train.observer import SILENT, Observer
-from accel_train.tasks.base import Say, StopCheck
-from accel_train.tasks.criteria import Criterion, Verdict, judge
+from accel_train.tasks.base import Evaluation, Say, StopCheck, Trained
+from accel_train.tasks.criteria import Criterion, judge
 from accel_train.walks.compliance import Compliance, scorable_rules, score, wilson_interval
 from accel_train.walks.generator import generate_walks, random_walks
 from accel_train.walks.graph import Graph, generate_graph
@@ -95,7 +95,7 @@ class WalksTask:
         ]
         return [Criterion(metric, ">", threshold) for metric, threshold in asked if threshold is not None]
 
-    def check(self) -> None:
+    def check(self, say: Say, should_stop: StopCheck) -> None:
         """Draw graph and rules, and refuse a gate that cannot be passed whatever the model does.
 
         Raises:
@@ -282,7 +282,23 @@ class WalksTask:
             "warnings": warnings,
         }
 
-    def evaluate(self, model: nn.Module, should_stop: StopCheck) -> Verdict:
+    def validation(self) -> dict[str, Any]:
+        """None: the gate looks at behaviour, not at losses."""
+        return {}
+
+    def digests(self) -> dict[str, str]:
+        """None: the corpus is a function of the configuration, which is compared."""
+        return {}
+
+    def files(self) -> dict[str, bytes]:
+        """None."""
+        return {}
+
+    def conclude(self, trained: Trained, should_stop: StopCheck) -> Evaluation | None:
+        """The last evaluation stands."""
+        return None
+
+    def evaluate(self, model: nn.Module, losses: Mapping[str, float], should_stop: StopCheck) -> Evaluation:
         """Continue the held-out prompts greedily and by sampling, score both, judge the criteria.
 
         Raises:
@@ -304,7 +320,7 @@ class WalksTask:
         thin = []
         if greedy.rule_checks < gate.min_rule_checks:
             thin.append(f"too few rule checks: {greedy.rule_checks}, gate.min_rule_checks is {gate.min_rule_checks}")
-        return judge(
+        verdict = judge(
             self.criteria,
             metrics,
             evidence={
@@ -321,6 +337,7 @@ class WalksTask:
             },
             too_thin=thin,
         )
+        return Evaluation(verdict)
 
     def generate(self, model: nn.Module, num: int, temperature: float) -> list[list[int]]:
         """``num`` continuations of held-out prompts, each of context length + 1 vertices.

@@ -1,0 +1,531 @@
+"""Text: from a corpus to tokens on disk, and a model judged by its loss, its samples and its cost.
+
+Everything that is prepared is shared by all runs and named by what it was made from: the corpus
+by its digest or address, the tokenizer by the corpus, the tokens by corpus and tokenizer. So a
+phase that is done is recognised by its content, not by a file being there. A local corpus is
+never copied.
+
+The loss is measured on a part of the corpus that no training window touches. What says little
+in the course of training (samples, milliseconds, megabytes) is judged once, at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Subset
+
+from accel_train.config import ConfigError, ExperimentConfig, canonical_json
+from accel_train.data.cache import INDEX_FILE, cached
+from accel_train.data.order import Ids
+from accel_train.data.windows import Ranges, WindowDataset, split_corpus
+from accel_train.meter import Meter
+from accel_train.model.generation import generate
+from accel_train.observer import SILENT, Observer
+from accel_train.tasks.base import Evaluation, Say, StopCheck, Trained
+from accel_train.tasks.criteria import Criterion, Op, Verdict, judge
+from accel_train.tasks.deployment import DeploymentError, measure_apart
+from accel_train.text.builtin import BUILTIN, builtin_text
+from accel_train.text.corpus import Corpus, UnusableCorpus, check_corpus, find_files
+from accel_train.text.download import download, is_url
+from accel_train.text.language import LANGUAGES, Language, language_of
+from accel_train.text.repetition import repetition
+from accel_train.text.tokenizer import (
+    CHAR_VOCAB_SIZE,
+    TOKENIZER_FILE,
+    TextTokenizer,
+    VocabularyError,
+    char_tokenizer,
+    train_tokenizer,
+)
+from accel_train.text.tokens import Tokens, write_tokens
+
+# Parts of the cache keys: raise one when the same input would give another result.
+_BUILTIN_VERSION, _TOKENIZER_VERSION, _TOKENS_VERSION = 1, 1, 1
+_BUILTIN_SEED = 0
+"""The corpus is data: runs of different seeds share it."""
+_CORPUS_FILE = "corpus.txt"
+_PROBE_WINDOWS = 256
+_PROMPTS_PER_LANGUAGE, _PROMPT_TOKENS, _CONTINUATION_TOKENS = 5, 24, 64
+_WINDOWS_LOOKED_AT = 400
+_SAMPLE, _JUDGED = range(2)
+
+
+class TextTask:
+    """Learn to continue a text."""
+
+    def __init__(self, config: ExperimentConfig, observer: Observer = SILENT) -> None:
+        self.config = config
+        self._observer = observer
+        self._context = config.model.max_seq_len
+        self._corpus: Corpus | None = None
+        self._artifacts = Path()
+        self._tokens: Tokens | None = None
+        self._tokenizer: TextTokenizer | None = None
+        self._train: WindowDataset | None = None
+        self._val: WindowDataset | None = None
+        self._bytes_per_token: float | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """What the configuration asks for, or the fixed size of the character tokenizer."""
+        return CHAR_VOCAB_SIZE if self.config.text.tokenizer == "char" else self.config.text.vocab_size
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer; after :meth:`open` or :meth:`use_tokenizer`."""
+        assert self._tokenizer is not None, "open() comes first"
+        return self._tokenizer
+
+    def use_tokenizer(self, path: Path) -> None:
+        """Take the tokenizer from a checkpoint: whoever only generates needs no corpus.
+
+        Raises:
+            TokenizerError: it is none.
+            OSError: it cannot be read.
+        """
+        self._tokenizer = TextTokenizer.load(path)
+
+    # -- data ------------------------------------------------------------------------------
+
+    def check(self, say: Say, should_stop: StopCheck) -> None:
+        """Read a local corpus once, and refuse one that is no text; refuse a gate that cannot be passed.
+
+        Raises:
+            ConfigError: the corpus is missing, empty, binary or not UTF-8, or a threshold cannot be met.
+            Interrupted: ``should_stop()`` turned true.
+        """
+        gate = self.config.gate
+        if gate.val_loss_threshold == 0:
+            raise ConfigError("gate.val_loss_threshold", 0.0, "can never be met; choose a positive value or null")
+        place = self.config.text.corpus
+        if place != BUILTIN and not is_url(place):
+            self._corpus = self._checked(lambda: find_files(place), say, should_stop)
+
+    def build(self, shared: Path, say: Say, should_stop: StopCheck) -> str:
+        """Fetch or make the corpus, train the tokenizer, write the tokens; or verify and reuse them.
+
+        Raises:
+            ConfigError: the corpus does not support the vocabulary, or is too small.
+            DownloadError: it could not be fetched.
+            Interrupted: ``should_stop()`` turned true; nothing half-built is left.
+        """
+        corpus = self.build_corpus(shared, say, should_stop)
+        tokenizer = self.build_tokenizer(corpus, shared, say, should_stop)
+        return str(self.build_tokens(corpus, tokenizer, shared, say, should_stop))
+
+    def build_corpus(self, shared: Path, say: Say, should_stop: StopCheck) -> Corpus:
+        """The corpus, checked: a local one where it lies, any other one under ``shared``."""
+        text = self.config.text
+        if text.corpus == BUILTIN:
+            key = f"builtin-{text.builtin_bytes}-v{_BUILTIN_VERSION}"
+            corpus = self._made(key, self._write_builtin, shared, say, should_stop)
+        elif is_url(text.corpus):
+            address = canonical_json([text.corpus, text.corpus_sha256, text.corpus_bytes])
+            key = f"download-{_short(address)}"
+            corpus = self._made(key, self._fetch, shared, say, should_stop)
+        else:
+            corpus = self._corpus or self._checked(lambda: find_files(text.corpus), say, should_stop)
+            self._corpus = corpus
+            say("corpus", f"{text.corpus}: {_size(corpus.size)} of text, SHA-256 {corpus.sha256[:16]}")
+        return corpus
+
+    def build_tokenizer(self, corpus: Corpus, shared: Path, say: Say, should_stop: StopCheck) -> TextTokenizer:
+        """The tokenizer of ``corpus``, trained if it is not there."""
+        text = self.config.text
+        if text.tokenizer == "char":
+            say("tokenizer", f"{CHAR_VOCAB_SIZE} characters")
+            return char_tokenizer()
+        defines = [_TOKENIZER_VERSION, text.tokenizer, text.vocab_size, corpus.sha256, corpus.strip_gutenberg]
+
+        def build(directory: Path) -> None:
+            say("tokenizer", f"training {text.tokenizer} with a vocabulary of {text.vocab_size:,}")
+            with Meter("tokenizer: text read", corpus.size, lambda line: say("tokenizer", line)) as meter:
+                trained = train_tokenizer(text.tokenizer, _counted(corpus, meter, should_stop), text.vocab_size)
+            (directory / TOKENIZER_FILE).write_text(trained.content, encoding="utf-8")
+
+        try:
+            directory, built = self._cached(shared, f"tokenizer-{_short(canonical_json(defines))}", build, say, should_stop)
+        except VocabularyError as error:
+            raise ConfigError(
+                "text.vocab_size",
+                error.wanted,
+                f"is more than this corpus supports ({error.possible} at most); choose a smaller one or use more text",
+            ) from error
+        tokenizer = TextTokenizer.load(directory / TOKENIZER_FILE)
+        say("tokenizer", f"{text.tokenizer}, vocabulary of {tokenizer.vocab_size:,}, {built} as {_name(directory)}")
+        return tokenizer
+
+    def build_tokens(
+        self, corpus: Corpus, tokenizer: TextTokenizer, shared: Path, say: Say, should_stop: StopCheck
+    ) -> Path:
+        """The directory with the tokens of ``corpus``, written if they are not there."""
+        defines = [_TOKENS_VERSION, corpus.sha256, corpus.strip_gutenberg, tokenizer.digest]
+
+        def build(directory: Path) -> None:
+            with Meter("tokens: text read", corpus.size, lambda line: say("tokens", line)) as meter:
+                pieces = _counted(corpus, meter, should_stop)
+                write_tokens(directory, pieces, tokenizer, corpus.sha256)
+            (directory / TOKENIZER_FILE).write_text(tokenizer.content, encoding="utf-8")
+
+        directory, built = self._cached(shared, f"tokens-{_short(canonical_json(defines))}", build, say, should_stop)
+        index = Tokens(directory).index
+        each = index.bytes / max(index.tokens, 1)
+        say("tokens", f"{index.tokens:,} of {each:.2f} bytes each, {built} as {_name(directory)}")
+        self._check_size(index.tokens)
+        return directory
+
+    def _check_size(self, tokens: int) -> None:
+        train, val = self._split(tokens)
+        for part, ranges in (("training", train), ("validation", val)):
+            windows = int(np.maximum((ranges[:, 1] - ranges[:, 0] - 1) // self._context, 0).sum())
+            needed = self.config.training.batch_size if part == "training" else 1
+            if windows < needed:
+                raise ConfigError(
+                    "text.corpus",
+                    self.config.text.corpus,
+                    f"is too small: its {tokens:,} tokens give {windows} windows of model.max_seq_len = {self._context} "
+                    f"for {part}, and {needed} are needed; use more text, a shorter context or a smaller batch",
+                )
+
+    def _split(self, tokens: int) -> tuple[Ranges, Ranges]:
+        text = self.config.text
+        return split_corpus(tokens, self._context, text.held_out_fraction, text.split_by)
+
+    def _made(self, key: str, write: Any, shared: Path, say: Say, should_stop: StopCheck) -> Corpus:
+        """A corpus that is a file under ``shared``."""
+
+        def build(directory: Path) -> None:
+            path = directory / _CORPUS_FILE
+            write(path, say, should_stop)
+            # Before it counts: what is no text must not be found next time.
+            self._checked(lambda: (path,), say, should_stop)
+
+        directory, built = self._cached(shared, key, build, say, should_stop)
+        corpus = self._checked(lambda: (directory / _CORPUS_FILE,), say, should_stop)
+        say("corpus", f"{self.config.text.corpus}: {_size(corpus.size)} of text, {built} as {_name(directory)}")
+        return corpus
+
+    def _write_builtin(self, path: Path, _say: Say, _should_stop: StopCheck) -> None:
+        with path.open("w", encoding="utf-8", newline="\n") as file:
+            for piece in builtin_text(self.config.text.builtin_bytes, _BUILTIN_SEED):
+                file.write(piece)
+
+    def _fetch(self, path: Path, say: Say, should_stop: StopCheck) -> None:
+        text = self.config.text
+        with Meter("download", text.corpus_bytes, lambda line: say("corpus", line)) as meter:
+            download(
+                text.corpus,
+                path,
+                sha256=text.corpus_sha256,
+                size=text.corpus_bytes,
+                timeout=text.download_timeout,
+                attempts=text.download_attempts,
+                should_stop=should_stop,
+                progress=meter.reach,
+                on_retry=lambda line: say("corpus", line),
+            )
+
+    def _checked(self, find: Any, say: Say, should_stop: StopCheck) -> Corpus:
+        text = self.config.text
+        try:
+            paths = find()
+            size = sum(path.stat().st_size for path in paths)
+            with Meter("corpus: text checked", size, lambda line: say("corpus", line)) as meter:
+                return check_corpus(
+                    paths, strip_gutenberg=text.strip_gutenberg, should_stop=should_stop, progress=meter
+                )
+        except UnusableCorpus as error:
+            named = error.path.name == _CORPUS_FILE or str(error.path) == text.corpus
+            rule = error.rule if named else f"{error.path} {error.rule}"
+            raise ConfigError("text.corpus", text.corpus, rule) from error
+
+    def _cached(
+        self, shared: Path, key: str, build: Any, say: Say, should_stop: StopCheck
+    ) -> tuple[Path, str]:
+        """The artifact's directory, and how it came to be there."""
+        built = False
+
+        def note_and_build(directory: Path) -> None:
+            nonlocal built
+            built = True
+            build(directory)
+
+        directory = cached(
+            shared,
+            key,
+            note_and_build,
+            on_wait=lambda message: say("corpus", message),
+            should_stop=should_stop,
+            observer=self._observer,
+        )
+        return directory, "built" if built else "found and verified"
+
+    def open(self, artifacts: str) -> WindowDataset:
+        """The training windows, memory-mapped; also opens the held-out ones."""
+        self._artifacts = Path(artifacts)
+        self._tokens = Tokens(self._artifacts)
+        self._tokenizer = TextTokenizer.load(self._artifacts / TOKENIZER_FILE)
+        train, val = self._split(len(self._tokens))
+        self._train = WindowDataset(self._tokens, self._context, train, self.config.text.stride)
+        self._val = WindowDataset(self._tokens, self._context, val)
+        return self._train
+
+    @property
+    def _windows(self) -> tuple[WindowDataset, WindowDataset]:
+        assert self._train is not None and self._val is not None, "open() comes first"
+        return self._train, self._val
+
+    def _held_out(self) -> Ids:
+        """Ids of the windows that are validated on."""
+        _, val = self._windows
+        batches = self.config.text.val_batches
+        return _spread(len(val), len(val) if batches is None else batches * self.config.training.batch_size)
+
+    def validation(self) -> dict[str, Any]:
+        """``val``: the held-out windows; ``probe``: training windows, to compare with in the same mode."""
+        train, val = self._windows
+        return {
+            "val": Subset(val, self._held_out().tolist()),
+            "probe": Subset(train, _spread(len(train), _PROBE_WINDOWS).tolist()),
+        }
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 (hex) of corpus, tokenizer and tokens."""
+        assert self._tokens is not None, "open() comes first"
+        index = json.loads((self._artifacts / INDEX_FILE).read_text(encoding="utf-8"))
+        shards = {name: entry["sha256"] for name, entry in index["files"].items() if name.endswith(".bin")}
+        return {
+            "corpus": self._tokens.index.corpus_sha256,
+            "tokenizer": self.tokenizer.digest,
+            "tokens": hashlib.sha256(canonical_json(shards).encode()).hexdigest(),
+        }
+
+    def files(self) -> dict[str, bytes]:
+        """The tokenizer, without which the weights mean nothing."""
+        return {TOKENIZER_FILE: self.tokenizer.content.encode()}
+
+    # -- the gate --------------------------------------------------------------------------
+
+    def preflight(self, say: Say) -> dict[str, Any]:
+        """What the held-out part is, and what a model that only counts would reach on it."""
+        assert self._tokens is not None, "open() comes first"
+        train, val = self._windows
+        index, threshold = self._tokens.index, self.config.gate.val_loss_threshold
+        held_out = self._held_out()
+        counting = self._counting_loss()
+        warnings = []
+        unknown = index.unknown / max(index.tokens, 1)
+        if unknown > 0.01:
+            warnings.append(
+                f"{_percent(unknown)} of the corpus is unknown to the tokenizer: no sample will be like it; "
+                "use text.tokenizer bpe or unigram"
+            )
+        if threshold is not None and counting < threshold:
+            warnings.append(
+                f"a model that only knows how frequent each token is already reaches a loss of {counting:.3f} < "
+                f"gate.val_loss_threshold = {threshold:g}: passing would prove little"
+            )
+        say(
+            "preflight",
+            f"{len(train):,} windows of {self._context} tokens for training, {len(held_out):,} held out "
+            f"({self.config.text.split_by}); no token is in both",
+        )
+        say(
+            "preflight",
+            f"knowing only how frequent each token is gives a loss of {counting:.3f} nats per token, "
+            f"{counting / self._nats_per_bit():.3f} bits per byte",
+        )
+        asked = [*self._criteria(final=False, languages=()), *self._criteria(final=True, languages=())]
+        named = dict.fromkeys(f"{c.metric} {c.op} {c.threshold:g}" for c in asked)
+        say("preflight", f"the gate asks {' and '.join(named) or 'nothing'}")
+        for warning in warnings:
+            say("warning", warning)
+        return {
+            "reachable": True,
+            "corpus": asdict(index),
+            "windows": {"train": len(train), "validation": len(held_out)},
+            "counting_loss": counting,
+            "counting_bits_per_byte": counting / self._nats_per_bit(),
+            "warnings": warnings,
+        }
+
+    def _counting_loss(self) -> float:
+        """Cross-entropy on the held-out windows of the token frequencies of (some) training windows."""
+        train, val = self._windows
+        seen = np.ones(self.vocab_size)
+        _, targets = train.__getitems__(_spread(len(train), 4096))
+        seen += np.bincount(targets.numpy().ravel(), minlength=self.vocab_size)
+        _, targets = val.__getitems__(_spread(len(self._held_out()), 1024))
+        return float(-np.log(seen / seen.sum())[targets.numpy().ravel()].mean())
+
+    def _nats_per_bit(self) -> float:
+        """Nats per token divided by this are bits per byte of the held-out text."""
+        if self._bytes_per_token is None:
+            _, val = self._windows
+            lengths, ids = self.tokenizer.byte_lengths(), self._held_out()
+            total = sum(
+                int(lengths[val.__getitems__(part)[1].numpy()].sum()) for part in np.array_split(ids, len(ids) // 512 + 1)
+            )
+            self._bytes_per_token = total / (len(ids) * self._context)
+        return math.log(2) * self._bytes_per_token
+
+    def _criteria(self, *, final: bool, languages: Sequence[Language]) -> list[Criterion]:
+        """What is asked in the course of training, or at the end."""
+        gate = self.config.gate
+        asked: list[tuple[str, Op, float | None]] = [
+            ("val_loss", "<", gate.val_loss_threshold),
+            ("overfit_gap", "<", gate.overfit_gap_threshold),
+        ]
+        if final:
+            asked += [
+                ("loss_rises", "<=", gate.loss_rises_threshold),
+                ("repetition", "<", gate.repetition_threshold),
+                ("latency_p95_ms", "<=", gate.latency_p95_ms_threshold),
+                ("rss_mb", "<=", gate.rss_mb_threshold),
+            ]
+            if len(languages) == len(LANGUAGES):
+                asked.append(("language", ">=", gate.language_threshold))
+        return [Criterion(metric, op, float(threshold)) for metric, op, threshold in asked if threshold is not None]
+
+    def evaluate(self, model: nn.Module, losses: Mapping[str, float], should_stop: StopCheck) -> Evaluation:
+        """Bits per byte, overfit gap and a sample; a verdict only where it may end training.
+
+        Raises:
+            Interrupted: ``should_stop()`` turned true.
+        """
+        val = losses["val"]
+        metrics: dict[str, float | None] = {
+            "val_loss": val,
+            "val_bits_per_byte": val / self._nats_per_bit(),
+            "probe_loss": losses["probe"],
+            "overfit_gap": val - losses["probe"],
+        }
+        samples = [self.sample(model, should_stop)]
+        if not self.config.stop_on_pass:
+            return Evaluation(None, metrics, samples)
+        return Evaluation(judge(self._criteria(final=False, languages=()), metrics), samples=samples)
+
+    def sample(self, model: nn.Module, should_stop: StopCheck = lambda: False) -> str:
+        """The prompt and its continuation: the same random numbers every time."""
+        text = self.config.text
+        prompt = self.tokenizer.encode(text.prompt)
+        rows = self._continue(model, torch.tensor([prompt]), text.sample_tokens, _SAMPLE, should_stop)
+        return text.prompt + self.tokenizer.decode(rows[0, len(prompt) :].tolist())
+
+    def _continue(
+        self, model: nn.Module, prompts: torch.Tensor, count: int, stream: int, should_stop: StopCheck
+    ) -> torch.Tensor:
+        text = self.config.text
+        device = next(model.parameters()).device
+        seed = int(np.random.SeedSequence([self.config.seed, stream]).generate_state(1, np.uint64)[0] >> 1)
+        return generate(
+            model,
+            prompts.to(device),
+            prompts.shape[1] + count,
+            temperature=text.temperature,
+            top_k=text.top_k,
+            top_p=text.top_p,
+            generator=torch.Generator(device=device).manual_seed(seed),
+            should_stop=should_stop,
+        ).cpu()
+
+    def conclude(self, trained: Trained, should_stop: StopCheck) -> Evaluation:
+        """Judge the finished model: its losses, its samples in every language of the corpus, its cost.
+
+        Raises:
+            Interrupted: ``should_stop()`` turned true.
+        """
+        prompts, languages = self._judged_prompts()
+        found = sorted({language for language in languages if language is not None})
+        rows = self._continue(trained.model, prompts, _CONTINUATION_TOKENS, _JUDGED, should_stop)
+        continuations = rows[:, prompts.shape[1] :].tolist()
+        texts = [self.tokenizer.decode(each) for each in continuations]
+        begun = [self.tokenizer.decode(each) for each in prompts.tolist()]
+        # Twelve characters are about as much as four subwords.
+        run = 12 if self.config.text.tokenizer == "char" else 4
+        metrics: dict[str, float | None] = dict(trained.evaluation.get("metrics", {}))
+        metrics["loss_rises"] = float(sum(b > a for a, b in zip(trained.epoch_losses, trained.epoch_losses[1:], strict=False)))
+        metrics["repetition"] = max(repetition(each, run) for each in continuations)
+        evidence: dict[str, Any] = {
+            "repetitions": [repetition(each, run) for each in continuations],
+            "epoch_losses": trained.epoch_losses,
+            "languages": found,
+            "samples": [
+                {"language": language, "prompt": prompt, "continuation": text, "found": language_of(text)}
+                for language, prompt, text in zip(languages, begun, texts, strict=True)
+            ],
+        }
+        if len(found) == len(LANGUAGES):
+            metrics["language"] = sum(language_of(t) == l for t, l in zip(texts, languages, strict=True)) / len(texts)
+        reasons = []
+        try:
+            deployment = measure_apart(trained.checkpoint, should_stop)
+            metrics |= {"latency_p95_ms": deployment.latency_p95_ms, "rss_mb": deployment.rss_mb}
+            evidence["deployment"] = asdict(deployment)
+        except DeploymentError as error:
+            metrics |= {"latency_p95_ms": None, "rss_mb": None}
+            reasons.append(str(error))
+        verdict: Verdict = judge(
+            self._criteria(final=True, languages=[language for language in LANGUAGES if language in found]),
+            metrics,
+            evidence=evidence,
+            too_thin=reasons,
+        )
+        return Evaluation(verdict, samples=[f"{b} | {t}" for b, t in zip(begun, texts, strict=True)])
+
+    def _judged_prompts(self) -> tuple[torch.Tensor, list[Language | None]]:
+        """Beginnings of held-out windows ``(prompts, time)``: of each language, or of any where there are not both."""
+        _, val = self._windows
+        length = max(1, min(_PROMPT_TOKENS, self._context // 2))
+        inputs, _ = val.__getitems__(_spread(len(val), _WINDOWS_LOOKED_AT))
+        languages = [language_of(self.tokenizer.decode(row[:length].tolist())) for row in inputs]
+        counts = Counter(languages)
+        if any(counts[language] < _PROMPTS_PER_LANGUAGE for language in LANGUAGES):
+            chosen = _spread(len(inputs), len(LANGUAGES) * _PROMPTS_PER_LANGUAGE).tolist()
+            return inputs[chosen, :length], [None] * len(chosen)
+        chosen = []
+        for language in LANGUAGES:
+            places = [place for place, found in enumerate(languages) if found == language]
+            chosen += [places[i] for i in _spread(len(places), _PROMPTS_PER_LANGUAGE)]
+        return inputs[chosen, :length], [languages[place] for place in chosen]
+
+
+def _counted(corpus: Corpus, meter: Meter, should_stop: StopCheck) -> Any:
+    """The pieces of a corpus, each counted as it is taken."""
+    for piece in corpus.pieces(should_stop):
+        meter(len(piece.encode()))
+        yield piece
+
+
+def _spread(length: int, count: int) -> Ids:
+    """At most ``count`` places in ``range(length)``, evenly spread, in order."""
+    count = min(length, count)
+    return np.arange(count, dtype=np.int64) * length // max(count, 1)
+
+
+def _short(defines: str) -> str:
+    return hashlib.sha256(defines.encode()).hexdigest()[:16]
+
+
+def _name(directory: Path) -> str:
+    return f"{directory.parent.name}/{directory.name}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
