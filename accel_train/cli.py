@@ -32,6 +32,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 
 from accel_train.config import ConfigError, EarlierRun, ExperimentConfig
 from accel_train.observer import SILENT, Observer
+from accel_train.pipeline import pipeline_main
 from accel_train.record import (
     STATUS_CODES,
     RecordError,
@@ -55,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["train"]:
         return train_main(arguments[1:], command=["accel-train", *arguments])
+    if arguments[:1] == ["pipeline"]:
+        with leaving_on_stop_signals(EXIT_PREEMPTED):
+            return pipeline_main(arguments[1:])
     return _guarded(lambda: _dispatch(_commands().parse_args(arguments)))
 
 
@@ -318,6 +322,8 @@ def _commands() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="train or resume an experiment", add_help=False)
+
+    commands.add_parser("pipeline", help="from a corpus to a validated model", add_help=False)
 
     runs = commands.add_parser("runs", help="list runs, or print the status of one")
     runs.add_argument("results", nargs="?", default=ExperimentConfig.output_dir, type=Path, help="results directory")

@@ -169,7 +169,7 @@ class TextConfig:
     """Tokens from one training window to the next; null: model.max_seq_len, so that windows do not overlap."""
     val_batches: int | None = None
     """Validate on so many batches, spread evenly; null: on the whole held-out part."""
-    prompt: str = "The "
+    prompt: str = "The"
     """Prompt of the sample that every evaluation writes."""
     sample_tokens: int = 100
     """Length of the sample."""

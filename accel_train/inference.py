@@ -156,12 +156,12 @@ def generate_text(run_dir: Path, options: TextOptions) -> Iterator[str]:
     task.use_tokenizer(run.checkpoint / TOKENIZER_FILE)
     model = _model_of(run, task)
     prompt = text.prompt if options.prompt is None else options.prompt
-    ids = task.tokenizer.encode(prompt)
+    ids = task.prompt_ids(prompt)
     if not ids:
         raise ConfigError("--prompt", prompt, "must not be empty: the model continues what is there")
     generator = torch.Generator(device=next(model.parameters()).device).manual_seed(options.seed)
     for _ in range(options.num):
-        yield prompt
+        yield task.tokenizer.decode(ids)
         pending: list[int] = []
         for token in stream(
             model,

@@ -195,6 +195,8 @@ class RecordKeeper(Callback):
             name: [evaluation.get("metrics", {}).get(name) for evaluation in evaluations] if name in named else []
             for name in (*_WALK_CURVES, *(name for name in _TEXT_CURVES if name in named))
         }
+        if "val_loss" in named:
+            curves["evaluation_step"] = [evaluation["step"] for evaluation in evaluations]
         record["curves"] = {"train_loss": list(state.train_loss), **curves}
         record["metrics"]["scalars"] = self._scalars(trainer, evaluations)
         # Also without an evaluation: those of steps that were rolled back must not stay.
@@ -239,7 +241,7 @@ class RecordKeeper(Callback):
         if not losses:
             return {}
         reached = next((step for step, loss in losses.items() if loss < _NAMED_LOSS), None)
-        seconds = next((mark["training_seconds"] for mark in self._marks if mark["step"] == reached), None)
+        seconds = next((mark["training_seconds"] for mark in self._marks if reached is not None and mark["step"] >= reached), None)
         return {"best_val_loss": min(losses.values()), f"seconds_to_val_loss_{_NAMED_LOSS}": seconds}
 
     def _fill_timing(self, trainer: Trainer) -> None:

@@ -29,7 +29,9 @@ from accel_train.config import ConfigError, ExperimentConfig, canonical_json
 from accel_train.data.cache import INDEX_FILE, cached
 from accel_train.data.order import Ids
 from accel_train.data.windows import Ranges, WindowDataset, split_corpus
+from accel_train.durable import sha256_file
 from accel_train.meter import Meter
+from accel_train.model import memory
 from accel_train.model.generation import generate
 from accel_train.observer import SILENT, Observer
 from accel_train.tasks.base import Evaluation, Say, StopCheck, Trained
@@ -75,6 +77,8 @@ class TextTask:
         self._train: WindowDataset | None = None
         self._val: WindowDataset | None = None
         self._bytes_per_token: float | None = None
+        self.built: set[str] = set()
+        """Which of corpus, tokenizer and tokens were not there."""
 
     @property
     def vocab_size(self) -> int:
@@ -105,6 +109,8 @@ class TextTask:
             ConfigError: the corpus is missing, empty, binary or not UTF-8, or a threshold cannot be met.
             Interrupted: ``should_stop()`` turned true.
         """
+        for warning in memory.warnings(self.config, self.vocab_size):
+            say("warning", warning)
         gate = self.config.gate
         if gate.val_loss_threshold == 0:
             raise ConfigError("gate.val_loss_threshold", 0.0, "can never be met; choose a positive value or null")
@@ -126,19 +132,38 @@ class TextTask:
 
     def build_corpus(self, shared: Path, say: Say, should_stop: StopCheck) -> Corpus:
         """The corpus, checked: a local one where it lies, any other one under ``shared``."""
-        text = self.config.text
-        if text.corpus == BUILTIN:
-            key = f"builtin-{text.builtin_bytes}-v{_BUILTIN_VERSION}"
-            corpus = self._made(key, self._write_builtin, shared, say, should_stop)
-        elif is_url(text.corpus):
-            address = canonical_json([text.corpus, text.corpus_sha256, text.corpus_bytes])
-            key = f"download-{_short(address)}"
-            corpus = self._made(key, self._fetch, shared, say, should_stop)
+        text, key = self.config.text, self._corpus_key
+        if key is not None:
+            write = self._write_builtin if text.corpus == BUILTIN else self._fetch
+            corpus = self._made(key, write, shared, say, should_stop)
         else:
             corpus = self._corpus or self._checked(lambda: find_files(text.corpus), say, should_stop)
             self._corpus = corpus
             say("corpus", f"{text.corpus}: {_size(corpus.size)} of text, SHA-256 {corpus.sha256[:16]}")
         return corpus
+
+    @property
+    def _corpus_key(self) -> str | None:
+        """Name of a corpus that is kept under the shared directory; None for local files."""
+        text = self.config.text
+        if text.corpus == BUILTIN:
+            return f"builtin-{text.builtin_bytes}-v{_BUILTIN_VERSION}"
+        if not is_url(text.corpus):
+            return None
+        return f"download-{_short(canonical_json([text.corpus, text.corpus_sha256, text.corpus_bytes]))}"
+
+    def has_corpus(self, shared: Path) -> bool:
+        """Whether there is nothing to fetch or to make."""
+        return self._corpus_key is None or (shared / self._corpus_key).is_dir()
+
+    def has_tokenizer(self, corpus: Corpus, shared: Path) -> bool:
+        """Whether there is nothing to train."""
+        return self.config.text.tokenizer == "char" or (shared / self._tokenizer_key(corpus)).is_dir()
+
+    def _tokenizer_key(self, corpus: Corpus) -> str:
+        text = self.config.text
+        defines = [_TOKENIZER_VERSION, text.tokenizer, text.vocab_size, corpus.sha256, corpus.strip_gutenberg]
+        return f"tokenizer-{_short(canonical_json(defines))}"
 
     def build_tokenizer(self, corpus: Corpus, shared: Path, say: Say, should_stop: StopCheck) -> TextTokenizer:
         """The tokenizer of ``corpus``, trained if it is not there."""
@@ -146,7 +171,6 @@ class TextTask:
         if text.tokenizer == "char":
             say("tokenizer", f"{CHAR_VOCAB_SIZE} characters")
             return char_tokenizer()
-        defines = [_TOKENIZER_VERSION, text.tokenizer, text.vocab_size, corpus.sha256, corpus.strip_gutenberg]
 
         def build(directory: Path) -> None:
             say("tokenizer", f"training {text.tokenizer} with a vocabulary of {text.vocab_size:,}")
@@ -155,7 +179,7 @@ class TextTask:
             (directory / TOKENIZER_FILE).write_text(trained.content, encoding="utf-8")
 
         try:
-            directory, built = self._cached(shared, f"tokenizer-{_short(canonical_json(defines))}", build, say, should_stop)
+            directory, built = self._cached("tokenizer", shared, self._tokenizer_key(corpus), build, say, should_stop)
         except VocabularyError as error:
             raise ConfigError(
                 "text.vocab_size",
@@ -178,7 +202,9 @@ class TextTask:
                 write_tokens(directory, pieces, tokenizer, corpus.sha256)
             (directory / TOKENIZER_FILE).write_text(tokenizer.content, encoding="utf-8")
 
-        directory, built = self._cached(shared, f"tokens-{_short(canonical_json(defines))}", build, say, should_stop)
+        directory, built = self._cached(
+            "tokens", shared, f"tokens-{_short(canonical_json(defines))}", build, say, should_stop
+        )
         index = Tokens(directory).index
         each = index.bytes / max(index.tokens, 1)
         say("tokens", f"{index.tokens:,} of {each:.2f} bytes each, {built} as {_name(directory)}")
@@ -211,7 +237,7 @@ class TextTask:
             # Before it counts: what is no text must not be found next time.
             self._checked(lambda: (path,), say, should_stop)
 
-        directory, built = self._cached(shared, key, build, say, should_stop)
+        directory, built = self._cached("corpus", shared, key, build, say, should_stop)
         corpus = self._checked(lambda: (directory / _CORPUS_FILE,), say, should_stop)
         say("corpus", f"{self.config.text.corpus}: {_size(corpus.size)} of text, {built} as {_name(directory)}")
         return corpus
@@ -251,25 +277,23 @@ class TextTask:
             raise ConfigError("text.corpus", text.corpus, rule) from error
 
     def _cached(
-        self, shared: Path, key: str, build: Any, say: Say, should_stop: StopCheck
+        self, name: str, shared: Path, key: str, build: Any, say: Say, should_stop: StopCheck
     ) -> tuple[Path, str]:
         """The artifact's directory, and how it came to be there."""
-        built = False
 
         def note_and_build(directory: Path) -> None:
-            nonlocal built
-            built = True
+            self.built.add(name)
             build(directory)
 
         directory = cached(
             shared,
             key,
             note_and_build,
-            on_wait=lambda message: say("corpus", message),
+            on_wait=lambda message: say(name, message),
             should_stop=should_stop,
             observer=self._observer,
         )
-        return directory, "built" if built else "found and verified"
+        return directory, "built" if name in self.built else "found and verified"
 
     def open(self, artifacts: str) -> WindowDataset:
         """The training windows, memory-mapped; also opens the held-out ones."""
@@ -346,8 +370,9 @@ class TextTask:
             f"knowing only how frequent each token is gives a loss of {counting:.3f} nats per token, "
             f"{counting / self._nats_per_bit():.3f} bits per byte",
         )
-        asked = [*self._criteria(final=False, languages=()), *self._criteria(final=True, languages=())]
-        named = dict.fromkeys(f"{c.metric} {c.op} {c.threshold:g}" for c in asked)
+        _, prompted = self._judged_prompts()
+        asked = self._criteria(final=True, languages=[each for each in LANGUAGES if each in prompted])
+        named = [f"{c.metric} {c.op} {c.threshold:g}" for c in asked]
         say("preflight", f"the gate asks {' and '.join(named) or 'nothing'}")
         for warning in warnings:
             say("warning", warning)
@@ -418,10 +443,18 @@ class TextTask:
 
     def sample(self, model: nn.Module, should_stop: StopCheck = lambda: False) -> str:
         """The prompt and its continuation: the same random numbers every time."""
-        text = self.config.text
-        prompt = self.tokenizer.encode(text.prompt)
-        rows = self._continue(model, torch.tensor([prompt]), text.sample_tokens, _SAMPLE, should_stop)
-        return text.prompt + self.tokenizer.decode(rows[0, len(prompt) :].tolist())
+        prompt = self.prompt_ids(self.config.text.prompt)
+        rows = self._continue(model, torch.tensor([prompt]), self.config.text.sample_tokens, _SAMPLE, should_stop)
+        return self.tokenizer.decode(rows[0].tolist())
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The ids of a text that is to be continued.
+
+        Subwords carry the space in front of them: one at the end of a prompt would make the model
+        write a second.
+        """
+        is_char = self.tokenizer.kind == "char"
+        return self.tokenizer.encode(prompt if is_char else prompt.rstrip(" ") or prompt)
 
     def _continue(
         self, model: nn.Module, prompts: torch.Tensor, count: int, stream: int, should_stop: StopCheck
@@ -458,6 +491,7 @@ class TextTask:
         metrics["loss_rises"] = float(sum(b > a for a, b in zip(trained.epoch_losses, trained.epoch_losses[1:], strict=False)))
         metrics["repetition"] = max(repetition(each, run) for each in continuations)
         evidence: dict[str, Any] = {
+            "weights_sha256": sha256_file(trained.checkpoint / "model.safetensors"),
             "repetitions": [repetition(each, run) for each in continuations],
             "epoch_losses": trained.epoch_losses,
             "languages": found,

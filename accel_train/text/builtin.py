@@ -41,6 +41,23 @@ _EN_TIMES = (
 ).split("|")
 _EN_ADVERBS = "slowly|quietly|carefully|often|again|gladly|in silence|with great care|without a word|at once".split("|")
 
+_EN_TITLES = "Mr.|Mrs.|Captain|Lady|Doctor|Sir".split("|")
+_EN_NAMES = (
+    "Ash|Black|Brad|Car|Crom|Dal|Dar|El|Fair|Fen|Glen|Had|Har|Hol|Ken|Lang|Lin|Mar|Mel|Nor|Oak|Pem|Rad|Ros|Shel|Stan|"
+    "Thorn|Wal|Wes|Wood".split("|"),
+    "a|e|er|ing|le|lin|low|mor|ning|or|ring|ster|ti|wen|wick|y".split("|"),
+    "bourne|bridge|by|combe|dale|field|ford|gate|ham|hurst|land|ley|more|shaw|stead|ton|wall|well|wood|worth".split("|"),
+)
+
+_ES_TITLES = "don|el señor|el capitán|el doctor|maese|fray".split("|")
+_ES_NAMES = (
+    "Al|Ar|Bal|Bar|Cal|Cas|Cer|Del|Fer|Gal|Gar|Her|Lar|Luz|Man|Mar|Men|Mon|Nar|Or|Pal|Per|Quin|Ram|Sal|San|Tor|Val|Vil|Zam".split(
+        "|"
+    ),
+    "a|be|ca|cu|da|do|ga|go|la|li|ma|mi|na|ne|ra|ro|ta|ti|va|ve".split("|"),
+    "bal|cedo|da|dón|jada|lar|lejo|llo|nares|nero|ño|quera|rano|rín|rrez|sco|tero|ales|ván|zar".split("|"),
+)
+
 _ES_PEOPLE = (
     "panadero|médico|campesino|pescador|jardinero|abogado|molinero|vecino|pintor|piloto|marinero|pastor|cantor|soldado|"
     "extranjero|maestro|viajero|escritor|muchacho|niño|capitán|criado|cocinero|carpintero|zapatero|hermano|abuelo|amigo"
@@ -75,6 +92,8 @@ _ES_ADVERBS = "despacio|en silencio|con cuidado|a menudo|otra vez|con gusto|sin 
 
 _SENTENCES, _PARAGRAPHS = (3, 7), (3, 6)
 _BLOCK = 1 << 16
+_NAMED = 0.4
+"""How many of the people have a name, which hardly anybody else has: a corpus of any size has new words."""
 
 
 def builtin_text(size: int, seed: int) -> Iterator[str]:
@@ -117,7 +136,13 @@ def _paragraph(draw: random.Random, language: _Language) -> str:
 def _english(draw: random.Random) -> _Sentence:
     """A maker of sentences about two people."""
     pick = draw.choice
-    heroes = [f"the {pick(_EN_ADJECTIVES)} {person}" for person in draw.sample(_EN_PEOPLE, 2)]
+
+    def hero(person: str) -> str:
+        if draw.random() < _NAMED:
+            return f"{pick(_EN_TITLES)} {_name(draw, _EN_NAMES)}"
+        return f"the {pick(_EN_ADJECTIVES)} {person}"
+
+    heroes = [hero(person) for person in draw.sample(_EN_PEOPLE, 2)]
 
     def thing() -> str:
         shape, noun = draw.randrange(4), pick(_EN_THINGS)
@@ -160,12 +185,14 @@ def _spanish(draw: random.Random) -> _Sentence:
     """A maker of sentences about two people."""
     pick = draw.choice
 
-    def person(name: str) -> str:
+    def hero(name: str) -> str:
+        if draw.random() < _NAMED:
+            return f"{pick(_ES_TITLES)} {_name(draw, _ES_NAMES)}"
         feminine = name.endswith("o") and draw.random() < 0.5
         noun, adjective = (name[:-1] + "a" if feminine else name), pick(_ES_ADJECTIVES) + ("a" if feminine else "o")
         return f"{'la' if feminine else 'el'} {noun} {adjective}"
 
-    heroes = [person(name) for name in draw.sample(_ES_PEOPLE, 2)]
+    heroes = [hero(name) for name in draw.sample(_ES_PEOPLE, 2)]
 
     def thing() -> str:
         feminine = draw.random() < 0.5
@@ -204,6 +231,10 @@ def _spanish(draw: random.Random) -> _Sentence:
         return _capital(f"{clause()}.")
 
     return sentence
+
+
+def _name(draw: random.Random, syllables: tuple[list[str], ...]) -> str:
+    return "".join(draw.choice(each) for each in syllables)
 
 
 def _plural(noun: str) -> str:
