@@ -1,4 +1,4 @@
-"""The command line: ``accel-train train | runs | evaluate | generate``.
+"""The command line: ``accel-train train | pipeline | runs | checkpoints | evaluate | generate``.
 
 Names, types and help of the options of ``train`` are read from the configuration dataclasses.
 Torch and everything above it are imported when a command needs them, so help, errors and
@@ -57,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["train"]:
         return train_main(arguments[1:], command=["accel-train", *arguments])
     if arguments[:1] == ["pipeline"]:
-        with leaving_on_stop_signals(EXIT_PREEMPTED):
-            return pipeline_main(arguments[1:])
+        return pipeline_main(arguments[1:])
     return _guarded(lambda: _dispatch(_commands().parse_args(arguments)))
 
 

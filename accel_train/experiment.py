@@ -31,7 +31,7 @@ from accel_train.config import (
 from accel_train.interrupt import Interrupted
 from accel_train.lock import RunLocked
 from accel_train.model.transformer import TransformerLM
-from accel_train.observer import SILENT, Observer
+from accel_train.observer import CONCLUSION_BEGUN, SILENT, Observer
 from accel_train.record import METRICS_FILE, RecordError
 from accel_train.run_record import RecordKeeper
 from accel_train.rundir import CONFIG_FILE, RunDirectory, RunLog, dump_config, read_config
@@ -41,7 +41,7 @@ from accel_train.tasks.walks import CorpusError
 from accel_train.training.board import LostPeer, first_line, is_lost_peer
 from accel_train.training.callbacks import Callback, LoopState
 from accel_train.training.coordination import Coordinator, PeerFailed
-from accel_train.training.diagnosis import NonFinite
+from accel_train.training.diagnosis import NonFinite, is_out_of_memory
 from accel_train.training.hooks import Hooks, build_hooks
 from accel_train.training.losses import LOSS_OF_TASK
 from accel_train.training.manifest import CheckpointError, step_directory
@@ -153,15 +153,18 @@ class _Experiment:
         except RunLocked as error:
             log.error("%s", error)
             return EXIT_PREEMPTED
-        except (NonFinite, CheckpointError, CorpusError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-            self.coordinator.announce_failure(error)
-            log.error("%s", error)
-            self._leave("failed", f"{type(error).__name__}: {error}")
-            return EXIT_FAILED
+        except (NonFinite, CheckpointError, CorpusError, OSError) as error:
+            return self._fail(error, str(error))
         except Exception as error:
             if self.coordinator.world_size > 1 and is_lost_peer(error):
                 # In a collective outside the loop, such as the comparison of all ranks' parameters.
                 self._leave_without(LostPeer(f"another rank is gone ({first_line(error)})"))
+            if is_out_of_memory(error):
+                return self._fail(
+                    error,
+                    f"out of memory ({first_line(error)}); use a smaller training.batch_size, model.max_seq_len or model, "
+                    "or more gradient accumulation",
+                )
             self.coordinator.announce_failure(error)
             log.exception("unexpected failure")
             if not self.run_log.is_on_screen:
@@ -171,6 +174,13 @@ class _Experiment:
         finally:
             self.progress.close()
             self.directory.close()
+
+    def _fail(self, error: BaseException, message: str) -> int:
+        """Leave with what people can mend, without a traceback."""
+        self.coordinator.announce_failure(error)
+        log.error("%s", message)
+        self._leave("failed", f"{type(error).__name__}: {message}")
+        return EXIT_FAILED
 
     def _leave_without(self, error: LostPeer) -> NoReturn:
         """Leave at once: nothing can be agreed any more, so nothing is saved and the record stays ``running``."""
@@ -310,6 +320,7 @@ class _Experiment:
         )
 
         def conclude(should_stop: Callable[[], bool]) -> None:
+            self.observer.reached(CONCLUSION_BEGUN)
             evaluation = self.task.conclude(trained, should_stop)
             if evaluation is not None:
                 self.keeper.conclude(evaluation.to_dict())

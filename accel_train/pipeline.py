@@ -7,7 +7,7 @@ again does nothing twice. The exit code names the phase that failed:
     0 success   1 prerequisites (and the command line)   2 corpus   3 tokenizer   4 training
     5 validation   75 interrupted, with everything saved: the same command goes on
 
-Nothing but the standard library is imported until the prerequisites have been looked at, so that
+Nothing that needs more than the standard library is imported until the prerequisites have been looked at, so that
 a missing package is an error for people.
 """
 
@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from accel_train.training.preemption import StopSignal, leaving_on_stop_signals
 
 if TYPE_CHECKING:
     from accel_train.config import ExperimentConfig
@@ -68,8 +70,9 @@ def pipeline_main(argv: Sequence[str] | None = None, *, observer: Observer | Non
         observer: hears of every point at which a fault may fall.
     """
     try:
-        options = _parser().parse_args(sys.argv[1:] if argv is None else list(argv))
-        return _Pipeline(options, observer).run()
+        with leaving_on_stop_signals(EXIT_INTERRUPTED):
+            options = _parser().parse_args(sys.argv[1:] if argv is None else list(argv))
+            return _Pipeline(options, observer).run()
     except PhaseFailed as failure:
         print(f"accel-train pipeline: error: {failure}", file=sys.stderr)
         return failure.code
@@ -136,12 +139,15 @@ class _Pipeline:
             config = self._configuration()
             self._check_space(config)
         # From here on everything is installed.
-        preemption = importlib.import_module("accel_train.training.preemption")
         interrupt = importlib.import_module("accel_train.interrupt")
-        stop = preemption.StopSignal()
+        stop = StopSignal()
         try:
             with stop.installed():
                 task = self._prepare(config, lambda: stop.requested)
+                # Here, where a signal is waited for: it takes seconds.
+                importlib.import_module("accel_train.experiment")
+                if stop.requested:
+                    raise interrupt.Interrupted
             code = self._train(config)
             if code != EXIT_SUCCESS:
                 return code
@@ -281,7 +287,9 @@ class _Pipeline:
         try:
             yield
         except config.ConfigError as error:
-            raise PhaseFailed(code, f"{_as_option(error.field)}: {error.value} {error.rule}") from error
+            # What is there but is no text cannot be tokenized, whenever that was noticed.
+            chosen = EXIT_TOKENIZER if getattr(error.__cause__, "is_content", False) else code
+            raise PhaseFailed(chosen, f"{_as_option(error.field)}: {error.value} {error.rule}") from error
         except (OSError, MemoryError) as error:
             raise PhaseFailed(code, f"{error or type(error).__name__}") from error
 

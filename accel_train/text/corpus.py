@@ -37,10 +37,11 @@ class UnusableCorpus(ValueError):
     Args:
         path: the file (or directory) at fault.
         rule: what is wrong, where, and what to do.
+        is_content: the file is there, but what is in it is no text.
     """
 
-    def __init__(self, path: Path, rule: str) -> None:
-        self.path, self.rule = path, rule
+    def __init__(self, path: Path, rule: str, *, is_content: bool = False) -> None:
+        self.path, self.rule, self.is_content = path, rule, is_content
         super().__init__(f"{path} {rule}")
 
 
@@ -119,7 +120,7 @@ def check_corpus(
             blank = blank and not text.strip()
         if blank:
             what = "is empty" if not path.stat().st_size else "holds nothing but white space"
-            raise UnusableCorpus(path, f"{what} ({path.stat().st_size} bytes); name a file with text")
+            raise UnusableCorpus(path, f"{what} ({path.stat().st_size} bytes); name a file with text", is_content=True)
         digests.append(digest.hexdigest())
         size += path.stat().st_size
     whole = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -159,7 +160,7 @@ def _mark_length(path: Path, block: bytes) -> int:
     for mark, name in _OTHER_ENCODINGS.items():
         if block.startswith(mark):
             cure = f"convert it: iconv -f {name} -t UTF-8"
-            raise UnusableCorpus(path, f"is {name}, not UTF-8 (byte order mark at byte 0); {cure}")
+            raise UnusableCorpus(path, f"is {name}, not UTF-8 (byte order mark at byte 0); {cure}", is_content=True)
     return len(_BOM) if block.startswith(_BOM) else 0
 
 
@@ -175,9 +176,10 @@ def _decode(path: Path, data: bytes, offset: int, *, final: bool) -> tuple[str, 
                 path,
                 f"is not UTF-8: byte 0x{byte:02x} at offset {offset + error.start} ({error.reason}); convert it, for "
                 "example with iconv -f LATIN1 -t UTF-8, or name a text file",
+                is_content=True,
             ) from None
     if nul != -1:
-        raise UnusableCorpus(path, f"is binary: byte 0x00 at offset {offset + nul}; name a text file")
+        raise UnusableCorpus(path, f"is binary: byte 0x00 at offset {offset + nul}; name a text file", is_content=True)
     return text, used
 
 
