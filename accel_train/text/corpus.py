@@ -22,13 +22,16 @@ BLOCK_BYTES = 1 << 20
 PIECE_CHARACTERS = 1 << 16
 """Characters of a piece; part of what defines the tokens of a text without any space."""
 
+_LONGEST_LINE = 1 << 20
+
 StopCheck = Callable[[], bool]
 Counter = Callable[[int], None]
 
 _BOM = codecs.BOM_UTF8
 _OTHER_ENCODINGS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 _START, _END = re.compile(r"\*\*\* ?START OF (THE|THIS) PROJECT"), re.compile(r"\*\*\* ?END OF (THE|THIS) PROJECT")
-_PLACE_TO_CUT = re.compile(r"(?<=\S)(?=[ \n]\S)")
+_PLACE_TO_CUT = re.compile(r"(?=[ \n]\S)")
+"""In front of the last space or newline before a word: what is left of the white space is one token either way."""
 
 
 class UnusableCorpus(ValueError):
@@ -205,7 +208,7 @@ def _lines(texts: Iterator[str]) -> Iterator[str]:
     for text in texts:
         *whole, rest = (rest + text).split("\n")
         yield from (f"{line}\n" for line in whole)
-        if len(rest) > BLOCK_BYTES:
+        if len(rest) > _LONGEST_LINE:
             yield rest
             rest = ""
     if rest:
@@ -213,7 +216,7 @@ def _lines(texts: Iterator[str]) -> Iterator[str]:
 
 
 def _cut(texts: Iterator[str]) -> Iterator[str]:
-    """The same text in pieces of at most :data:`PIECE_CHARACTERS` that end in front of a single space or newline."""
+    """The same text in pieces of at most :data:`PIECE_CHARACTERS` that end in front of a space or newline before a word."""
     waiting: list[str] = []
     count = 0
     for text in texts:
@@ -241,10 +244,8 @@ def _place(text: str, start: int) -> int:
     if end >= len(text):
         return len(text)
     # Looked for in ever larger parts before the end, the last one first.
-    for back in (256, 4096, PIECE_CHARACTERS - 1):
-        found = None
-        for found in _PLACE_TO_CUT.finditer(text, end - back, end + 1):
-            pass
-        if found is not None:
-            return found.start()
+    for back in (256, 4096, PIECE_CHARACTERS):
+        places = [found.start() for found in _PLACE_TO_CUT.finditer(text, max(start + 1, end - back), end + 1)]
+        if places:
+            return places[-1]
     return end

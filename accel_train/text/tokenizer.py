@@ -154,7 +154,7 @@ def char_tokenizer() -> TextTokenizer:
     """The character tokenizer: ``<PAD>``, ``<UNK>``, then :data:`~accel_train.text.normalize.ALPHABET`."""
     vocabulary = {token: number for number, token in enumerate([*CHAR_SPECIAL_TOKENS, *ALPHABET])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<UNK>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?s)."), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return TextTokenizer(tokenizer.to_str(pretty=True))
 

@@ -371,7 +371,7 @@ def test_training_that_diverges(tmp_path: Path) -> None:
 
 def test_training_without_enough_memory(tmp_path: Path) -> None:
     """A real limit on the address space, and a step that needs more."""
-    config = tiny_text(tmp_path, {"text": {"builtin_bytes": 3_000_000}, "model": {"d_model": 512, "d_ff": 16_384, "n_layers": 4}})
+    config = tiny_text(tmp_path, {"text": {"builtin_bytes": 1_000_000}, "model": {"d_ff": 500_000}})
     limited = f"ulimit -v 12000000; exec {PIPELINE} --config {config} --output-dir {tmp_path / 'out'} --batch-size 2048"
     done = subprocess.run(
         ["bash", "-c", limited],

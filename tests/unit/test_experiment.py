@@ -140,7 +140,7 @@ def test_an_evaluation_done_twice_stands_once_in_the_log(tmp_path, monkeypatch):
     directory = run_directory(config)
     evaluate = WalksTask.evaluate
 
-    def interrupted(task, model, should_stop):
+    def interrupted(task, model, losses, should_stop):
         os.kill(os.getpid(), signal.SIGTERM)
         assert should_stop()
         raise Interrupted("stopped")

@@ -22,12 +22,9 @@ def inputs(rows, ignored=0, seed=0):
     return x, weight, targets
 
 
-@pytest.mark.parametrize("rows", [1, 8, 50])
+@pytest.mark.parametrize(("rows", "ignored"), [(1, 0), (8, 0), (8, 1), (50, 0), (50, 13)])
 @pytest.mark.parametrize("rows_at_once", [1, 7, 1000])
-@pytest.mark.parametrize("ignored", [0, 1])
 def test_loss_and_gradients_are_those_of_the_plain_one(monkeypatch, rows, rows_at_once, ignored):
-    if rows == ignored:
-        pytest.skip("nothing counts")
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", rows_at_once * VOCAB)
     x, weight, targets = inputs(rows, ignored)
     fused = 3 * linear_cross_entropy(x, weight, targets)
@@ -56,13 +53,12 @@ def test_one_of_both_may_need_no_gradient(frozen):
     torch.testing.assert_close(found, expected)
 
 
-def test_evaluation_makes_no_gradients(monkeypatch):
+def test_evaluation_gives_the_same_number_without_gradients():
     x, weight, targets = inputs(9)
-    monkeypatch.setattr(torch, "zeros", lambda *args, _zeros=torch.zeros, **kw: _zeros(*args, **kw))
     with torch.no_grad():
         loss = linear_cross_entropy(x, weight, targets)
     assert not loss.requires_grad
-    torch.testing.assert_close(loss, functional.cross_entropy(x @ weight.t(), targets).detach())
+    torch.testing.assert_close(loss, linear_cross_entropy(x, weight, targets).detach(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -235,7 +235,8 @@ class TestRestrictedSampling:
 
     def test_the_temperature_comes_first(self):
         # At temperature 2 the distribution is flatter: more tokens are needed for the same probability.
-        assert _Sampling(2.0, None, 0.6).restricted(self.LOGITS)[0].isfinite().sum() == 3
+        left = [_Sampling(t, None, 0.62).restricted(self.LOGITS)[0].isfinite().sum() for t in (1.0, 2.0)]
+        assert left == [2, 3]
 
     def test_top_1_is_greedy(self):
         model, prompts = tiny(), some_prompts()

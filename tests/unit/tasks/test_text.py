@@ -98,7 +98,7 @@ def test_a_second_run_finds_everything_and_another_seed_shares_it(tmp_path: Path
     [
         ({"vocab_size": 401}, {"tokenizer", "tokens"}),
         ({"tokenizer": "char"}, {"tokens"}),
-        ({"builtin_bytes": 60_001}, {"corpus", "tokenizer", "tokens"}),
+        ({"builtin_bytes": 70_000}, {"corpus", "tokenizer", "tokens"}),
         ({"val_fraction": 0.2}, set()),
     ],
 )
@@ -169,7 +169,7 @@ def test_a_corpus_too_small_for_a_batch_or_a_window_is_refused(tmp_path: Path, s
 def test_a_stop_in_any_phase_leaves_nothing_half_built(tmp_path: Path) -> None:
     corpus = tmp_path / "mine.txt"
     corpus.write_text("The quick brown fox jumps over the lazy dog.\n" * 2000)
-    chosen = config(corpus=str(corpus), vocab_size=300)
+    chosen = config(corpus=str(corpus), vocab_size=270)
     with pytest.raises(Interrupted):
         TextTask(chosen).check(silent, lambda: True)
     for asked in range(3):
@@ -304,7 +304,7 @@ def test_epochs_in_which_the_loss_rose_are_counted(tmp_path: Path, losses: list[
 def test_a_corpus_of_one_language_is_not_asked_for_two(tmp_path: Path) -> None:
     corpus = tmp_path / "mine.txt"
     corpus.write_text("It was the best of times, it was the worst of times, and they all said so.\n" * 400)
-    task = opened(tmp_path, config(corpus=str(corpus), vocab_size=300))
+    task = opened(tmp_path, config(corpus=str(corpus), vocab_size=280))
     verdict = task.conclude(trained(task, tmp_path), never).verdict
     assert "language" not in [row["metric"] for row in verdict.criteria]
     assert verdict.evidence["languages"] == []
