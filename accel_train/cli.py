@@ -401,9 +401,9 @@ def _generate(arguments: argparse.Namespace, inference: types.ModuleType) -> Non
         chosen = options if arguments.num is None else {"num": arguments.num, **options}
         pieces = inference.generate_text(arguments.run, inference.TextOptions(**chosen))
     else:
-        for name in options:
+        for name, value in options.items():
             option = f"--{name.replace('_', '-')}"
-            raise ConfigError(option, options[name], "is for runs of the text task; this one walks")
+            raise ConfigError(option, value, "is for runs of the text task; this one walks")
         pieces = inference.generate_walks(arguments.run, arguments.num or 5)
     for piece in pieces:
         print(piece, end="", flush=True)

@@ -148,7 +148,7 @@ class TextConfig:
     """The text corpus, its tokenizer, and how the model is tried on it."""
 
     corpus: str = "builtin"
-    """Path of a text file or of a directory of *.txt files, http(s) URL, or `builtin` (a generated bilingual corpus)."""
+    """Path of a text file or a directory of *.txt files, http(s) URL, or `builtin` (a generated bilingual corpus)."""
     corpus_sha256: str | None = None
     """SHA-256 (hex) that a downloaded corpus must have; null: not checked."""
     corpus_bytes: int | None = None

@@ -34,7 +34,7 @@ from accel_train.model.transformer import TransformerLM
 from accel_train.observer import CONCLUSION_BEGUN, SILENT, Observer
 from accel_train.record import METRICS_FILE, RecordError
 from accel_train.run_record import RecordKeeper
-from accel_train.rundir import CONFIG_FILE, RunDirectory, RunLog, dump_config, read_config
+from accel_train.rundir import CONFIG_FILE, RunDirectory, RunLog, dump_config
 from accel_train.tasks.base import Task, Trained
 from accel_train.tasks.registry import build_task
 from accel_train.tasks.walks import CorpusError
@@ -162,8 +162,8 @@ class _Experiment:
             if is_out_of_memory(error):
                 return self._fail(
                     error,
-                    f"out of memory ({first_line(error)}); use a smaller training.batch_size, model.max_seq_len or model, "
-                    "or more gradient accumulation",
+                    f"out of memory ({first_line(error)}); use a smaller training.batch_size, model.max_seq_len or "
+                    "model, or more gradient accumulation",
                 )
             self.coordinator.announce_failure(error)
             log.exception("unexpected failure")
@@ -220,6 +220,7 @@ class _Experiment:
         """One choice of the weights to start from for all ranks; they are part of the run's identity."""
         if self.config.training.init_from is None:
             return None
+
         def resolve(_: object) -> list[str | None]:
             path, digest = resolve_init(self.config, fresh=self.earlier.fresh)
             return [str(path) if path else None, digest]

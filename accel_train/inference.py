@@ -112,7 +112,9 @@ def evaluate(run_dir: Path) -> dict[str, Any]:
     }
     model.eval()
     evaluation = task.evaluate(model, losses, _never)
-    trained = Trained(model, run.checkpoint, evaluation.to_dict(), read_record(run_dir)["gate"]["evidence"].get("epoch_losses", []))
+    trained = Trained(
+        model, run.checkpoint, evaluation.to_dict(), read_record(run_dir)["gate"]["evidence"].get("epoch_losses", [])
+    )
     return {"run": str(run_dir), "step": step, **(task.conclude(trained, _never) or evaluation).to_dict()}
 
 

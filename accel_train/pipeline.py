@@ -109,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
         help="YAML of the text task that the options change (default: text_quick.yaml for the built-in corpus, "
         "text_default.yaml for any other)",
     )
-    parser.add_argument("--output-dir", metavar="DIR", default="results", help="where everything goes (default: results)")
+    parser.add_argument(
+        "--output-dir", metavar="DIR", default="results", help="where everything goes (default: results)"
+    )
     parser.add_argument(
         "--skip-corpus", action="store_true", help="neither fetch nor make a corpus: it must be there already"
     )
@@ -197,7 +199,8 @@ class _Pipeline:
                 earlier = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise PhaseFailed(
-                    EXIT_PREREQUISITES, f"there is nothing to resume in {self._out} ({path.name}: {error}); leave out --resume"
+                    EXIT_PREREQUISITES,
+                    f"there is nothing to resume in {self._out} ({path.name}: {error}); leave out --resume",
                 ) from error
             for name, value in earlier.items():
                 if not getattr(self._options, name, None):
@@ -244,8 +247,8 @@ class _Pipeline:
         if free < needed:
             raise PhaseFailed(
                 EXIT_PREREQUISITES,
-                f"{self._out} has {free / 1e6:.0f} MB free, about {needed / 1e6:.0f} MB are needed; free some, or choose "
-                "another --output-dir",
+                f"{self._out} has {free / 1e6:.0f} MB free, about {needed / 1e6:.0f} MB are needed; free some, or "
+                "choose another --output-dir",
             )
         _say("disk", f"{free / 1e9:.1f} GB free in {self._out}, about {needed / 1e6:.0f} MB needed")
         for warning in memory.warnings(config, vocabulary):
@@ -339,8 +342,8 @@ class _Pipeline:
         if not gate["passed"]:
             raise PhaseFailed(
                 EXIT_VALIDATION,
-                f"the model does not pass: {gate['failure_reason']}; train longer (--epochs), on more text, or change the "
-                "gate in the configuration (--config)",
+                f"the model does not pass: {gate['failure_reason']}; train longer (--epochs), on more text, or change "
+                "the gate in the configuration (--config)",
             )
         print(f"\nsuccess in {time.perf_counter() - self._began:.1f} s", flush=True)
         return EXIT_SUCCESS
@@ -380,7 +383,7 @@ class _Pipeline:
                 files = path.rglob("*") if path.is_dir() else [path]
                 size = sum(each.stat().st_size for each in files if each.is_file())
                 print(f"  {size / 1e3:>10,.1f} kB  {path}", flush=True)
-        print(f"\ntry it: accel-train generate {run_dir} --prompt \"The\"", flush=True)
+        print(f'\ntry it: accel-train generate {run_dir} --prompt "The"', flush=True)
 
 
 def training_metrics(record: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
@@ -397,7 +400,9 @@ def training_metrics(record: Mapping[str, Any], run_dir: Path) -> dict[str, Any]
         }
         for place, step in enumerate(steps)
     ]
-    best = min((each for each in evaluations if each["val_loss"] is not None), key=lambda e: e["val_loss"], default=None)
+    best = min(
+        (each for each in evaluations if each["val_loss"] is not None), key=lambda e: e["val_loss"], default=None
+    )
     return {
         "experiment_id": record["experiment_id"],
         "run_id": record["run_id"],

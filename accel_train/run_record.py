@@ -241,7 +241,9 @@ class RecordKeeper(Callback):
         if not losses:
             return {}
         reached = next((step for step, loss in losses.items() if loss < _NAMED_LOSS), None)
-        seconds = next((mark["training_seconds"] for mark in self._marks if reached is not None and mark["step"] >= reached), None)
+        seconds = next(
+            (mark["training_seconds"] for mark in self._marks if reached is not None and mark["step"] >= reached), None
+        )
         return {"best_val_loss": min(losses.values()), f"seconds_to_val_loss_{_NAMED_LOSS}": seconds}
 
     def _fill_timing(self, trainer: Trainer) -> None:

@@ -18,7 +18,6 @@ from accel_train.training.manifest import CheckpointError, list_checkpoints, rea
 WEIGHTS = "model.safetensors"
 
 
-
 def build_model(config: ExperimentConfig, task: Task, init: Path | None) -> TransformerLM:
     """A freshly initialised model (the same on every rank), or one with the weights of checkpoint ``init``.
 

@@ -69,14 +69,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if not wants_gradient:
                 continue
             gradient = probability.scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
-            gradient.masked_fill_(~counts, 0.0)
+            # Ignored rows are left out of the two narrow factors, not of the wide one between them.
+            part_gradient, part = x_gradient[start : start + chunk], part * counts
             if plain:
-                torch.mm(gradient, weight, out=x_gradient[start : start + chunk])
+                torch.mm(gradient, weight, out=part_gradient)
                 weight_gradient.addmm_(gradient.t(), part)
             else:
                 gradient = gradient.to(part.dtype)
-                x_gradient[start : start + chunk] = gradient @ weight.to(part.dtype)
+                part_gradient.copy_(gradient @ weight.to(part.dtype))
                 weight_gradient += gradient.t() @ part
+            part_gradient.mul_(counts)
         count = (targets != IGNORED).sum()
         ctx.save_for_backward(x_gradient, weight_gradient, count)
         ctx.dtypes = x.dtype, weight.dtype

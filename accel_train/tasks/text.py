@@ -307,7 +307,8 @@ class TextTask:
 
     @property
     def _windows(self) -> tuple[WindowDataset, WindowDataset]:
-        assert self._train is not None and self._val is not None, "open() comes first"
+        assert self._train is not None, "open() comes first"
+        assert self._val is not None
         return self._train, self._val
 
     def _held_out(self) -> Ids:
@@ -344,7 +345,7 @@ class TextTask:
     def preflight(self, say: Say) -> dict[str, Any]:
         """What the held-out part is, and what a model that only counts would reach on it."""
         assert self._tokens is not None, "open() comes first"
-        train, val = self._windows
+        train, _ = self._windows
         index, threshold = self._tokens.index, self.config.gate.val_loss_threshold
         held_out = self._held_out()
         counting = self._counting_loss()
@@ -400,7 +401,8 @@ class TextTask:
             _, val = self._windows
             lengths, ids = self.tokenizer.byte_lengths(), self._held_out()
             total = sum(
-                int(lengths[val.__getitems__(part)[1].numpy()].sum()) for part in np.array_split(ids, len(ids) // 512 + 1)
+                int(lengths[val.__getitems__(part)[1].numpy()].sum())
+                for part in np.array_split(ids, len(ids) // 512 + 1)
             )
             self._bytes_per_token = total / (len(ids) * self._context)
         return math.log(2) * self._bytes_per_token
@@ -488,7 +490,9 @@ class TextTask:
         # Twelve characters are about as much as four subwords.
         run = 12 if self.config.text.tokenizer == "char" else 4
         metrics: dict[str, float | None] = dict(trained.evaluation.get("metrics", {}))
-        metrics["loss_rises"] = float(sum(b > a for a, b in zip(trained.epoch_losses, trained.epoch_losses[1:], strict=False)))
+        metrics["loss_rises"] = float(
+            sum(b > a for a, b in zip(trained.epoch_losses, trained.epoch_losses[1:], strict=False))
+        )
         metrics["repetition"] = max(repetition(each, run) for each in continuations)
         evidence: dict[str, Any] = {
             "weights_sha256": sha256_file(trained.checkpoint / "model.safetensors"),
@@ -501,7 +505,7 @@ class TextTask:
             ],
         }
         if len(found) == len(LANGUAGES):
-            metrics["language"] = sum(language_of(t) == l for t, l in zip(texts, languages, strict=True)) / len(texts)
+            metrics["language"] = sum(map(_is_in, texts, languages)) / len(texts)
         reasons = []
         try:
             deployment = measure_apart(trained.checkpoint, should_stop)
@@ -535,6 +539,10 @@ class TextTask:
         return inputs[chosen, :length], [languages[place] for place in chosen]
 
 
+def _is_in(text: str, language: Language | None) -> bool:
+    return language_of(text) == language
+
+
 def _counted(corpus: Corpus, meter: Meter, should_stop: StopCheck) -> Any:
     """The pieces of a corpus, each counted as it is taken."""
     for piece in corpus.pieces(should_stop):
@@ -562,4 +570,3 @@ def _size(count: int) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.3g} %"
-

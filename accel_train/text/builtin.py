@@ -46,7 +46,9 @@ _EN_NAMES = (
     "Ash|Black|Brad|Car|Crom|Dal|Dar|El|Fair|Fen|Glen|Had|Har|Hol|Ken|Lang|Lin|Mar|Mel|Nor|Oak|Pem|Rad|Ros|Shel|Stan|"
     "Thorn|Wal|Wes|Wood".split("|"),
     "a|e|er|ing|le|lin|low|mor|ning|or|ring|ster|ti|wen|wick|y".split("|"),
-    "bourne|bridge|by|combe|dale|field|ford|gate|ham|hurst|land|ley|more|shaw|stead|ton|wall|well|wood|worth".split("|"),
+    "bourne|bridge|by|combe|dale|field|ford|gate|ham|hurst|land|ley|more|shaw|stead|ton|wall|well|wood|worth".split(
+        "|"
+    ),
 )
 
 _ES_TITLES = "don|el señor|el capitán|el doctor|maese|fray".split("|")
@@ -88,7 +90,9 @@ _ES_TIMES = (
     "Hace mucho tiempo|Aquel día|El domingo|Durante la fiesta|Algunos años después|Al final de la semana|"
     "Cuando dejó de llover"
 ).split("|")
-_ES_ADVERBS = "despacio|en silencio|con cuidado|a menudo|otra vez|con gusto|sin decir nada|en seguida|poco a poco".split("|")
+_ES_ADVERBS = (
+    "despacio|en silencio|con cuidado|a menudo|otra vez|con gusto|sin decir nada|en seguida|poco a poco".split("|")
+)
 
 _SENTENCES, _PARAGRAPHS = (3, 7), (3, 6)
 _BLOCK = 1 << 16
@@ -206,7 +210,8 @@ def _spanish(draw: random.Random) -> _Sentence:
         if shape == 2:
             return f"{'una' if feminine else 'un'} {noun} {adjective}"
         plural = noun + "s" if noun[-1] in "aeiouáé" else _plural(noun)
-        return f"{pick(('las', 'dos', 'muchas', 'tres') if feminine else ('los', 'dos', 'muchos', 'tres'))} {plural} {adjective}s"
+        several = ("las", "dos", "muchas", "tres") if feminine else ("los", "dos", "muchos", "tres")
+        return f"{pick(several)} {plural} {adjective}s"
 
     def clause() -> str:
         who, stem, shape = pick(heroes), pick(_ES_VERBS), draw.randrange(5)

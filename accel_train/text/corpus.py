@@ -62,7 +62,7 @@ class Corpus:
     """Leave out what Project Gutenberg puts before and after its books."""
 
     def pieces(self, should_stop: StopCheck = lambda: False) -> Iterator[str]:
-        """The text in pieces of at most :data:`PIECE_CHARACTERS`, with ``\\n`` as its only line end.
+        """The text in pieces of at most :data:`PIECE_CHARACTERS`, with line feeds as its only line ends.
 
         Raises:
             UnusableCorpus: a file changed since it was checked, into something that is no text.
@@ -130,9 +130,7 @@ def check_corpus(
     return Corpus(tuple(paths), whole, size, strip_gutenberg)
 
 
-def _decoded(
-    path: Path, should_stop: StopCheck, note: Callable[[bytes], None] = lambda _block: None
-) -> Iterator[str]:
+def _decoded(path: Path, should_stop: StopCheck, note: Callable[[bytes], None] = lambda _block: None) -> Iterator[str]:
     """The text of a file block by block, line ends unified, the byte order mark dropped."""
     offset, rest, held = 0, b"", ""
     try:
@@ -216,7 +214,7 @@ def _lines(texts: Iterator[str]) -> Iterator[str]:
 
 
 def _cut(texts: Iterator[str]) -> Iterator[str]:
-    """The same text in pieces of at most :data:`PIECE_CHARACTERS` that end in front of a space or newline before a word."""
+    """The same text in pieces of at most :data:`PIECE_CHARACTERS` that end before the space in front of a word."""
     waiting: list[str] = []
     count = 0
     for text in texts:

@@ -208,7 +208,7 @@ def _guarded(texts: Iterable[str], failed: Callable[[BaseException], None]) -> I
 
 
 def _repaired(content: str) -> str:
-    """A unigram tokenizer without the traces of hash maps: their order is in the rare bytes' scores and in last digits."""
+    """A unigram tokenizer without the traces of hash maps: their order is in rare bytes' scores and in last digits."""
     values = json.loads(content)
     vocabulary: list[list[Any]] = values["model"]["vocab"]
     special, pieces = vocabulary[: len(SPECIAL_TOKENS)], vocabulary[len(SPECIAL_TOKENS) :]

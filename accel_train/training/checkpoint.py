@@ -178,7 +178,9 @@ class Checkpointer:
                 "config_hash": self._config_hash,
                 "rng": [{"rank": rank, "sha256": digest} for rank, digest in enumerate(rng)],
             }
-            self._commit = self._thread.submit(self._finish, temporary, target, header, {state.keep_step, state.best_step})
+            self._commit = self._thread.submit(
+                self._finish, temporary, target, header, {state.keep_step, state.best_step}
+            )
         self._newest = state.step
         return target
 

@@ -59,7 +59,10 @@ LOSS_OF_TASK: dict[str, Callable[[nn.Module, Any], Tensor]] = {
 
 
 def count_targets(batch: Any) -> int:
-    """Targets that count in the mean of a batch's loss; of a batch in another form, its samples. May wait for the device."""
+    """Targets that count in the mean of a batch's loss; of a batch in another form, its samples.
+
+    Waits for the device that the batch is on.
+    """
     try:
         _, targets, shift = _split(batch)
     except TypeError:

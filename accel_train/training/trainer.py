@@ -57,7 +57,8 @@ LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 Evaluator = Callable[[nn.Module, LoopState, Callable[[], bool]], dict[str, Any]]
 """``evaluator(model, loop_state, should_stop)``: called on the main process with the unwrapped
 model; returns JSON values. ``"passed": True`` marks the checkpoint to keep, ``"stop": True`` ends
-training, ``"samples"`` are handed to the callbacks and not kept in the state. The training's random states are put back after it."""
+training, ``"samples"`` are handed to the callbacks and not kept in the state. The training's random
+states are put back after it."""
 
 
 class Preempted(Exception):
@@ -277,8 +278,9 @@ class Trainer:
         for name, digest in self._data_digests.items():
             if state.data.get(name) != digest:
                 raise CheckpointError(
-                    f"the checkpoint of step {state.step} was trained on the {name} with SHA-256 {state.data.get(name)}, "
-                    f"this launch has the {name} with SHA-256 {digest}; put the former back, or start over with --fresh"
+                    f"the checkpoint of step {state.step} was trained on the {name} with SHA-256 "
+                    f"{state.data.get(name)}, this launch has the {name} with SHA-256 {digest}; put the former back, "
+                    "or start over with --fresh"
                 )
         changes = {k: [state.machine.get(k), v] for k, v in here.items() if state.machine.get(k) != v}
         for name, (before, now) in changes.items():

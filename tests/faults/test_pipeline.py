@@ -16,7 +16,11 @@ from accel_train import observer
 SCRIPT = Path(__file__).with_name("faulty_pipeline.py")
 CORPUS, TOKENIZER, TOKENS = 1, 2, 3
 CASES = [
-    *[(point, number) for point in (observer.CORPUS_BEGUN, observer.CORPUS_BUILT) for number in (CORPUS, TOKENIZER, TOKENS)],
+    *[
+        (point, number)
+        for point in (observer.CORPUS_BEGUN, observer.CORPUS_BUILT)
+        for number in (CORPUS, TOKENIZER, TOKENS)
+    ],
     (observer.STEP_DONE, 70),
     (observer.EVALUATION_BEGUN, 2),
     (observer.COMMIT_SEALED, 3),

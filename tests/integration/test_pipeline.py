@@ -1,4 +1,4 @@
-"""One command from a corpus to a validated model: what it leaves, what it skips, and every exit code by a real fault."""
+"""One command from a corpus to a validated model: what it leaves, what it skips, every exit code by a real fault."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ sys.path.insert(0, str(ROOT / "tests" / "unit" / "text"))
 
 from web import Web, fails, gives, redirects, stalls, truncates
 
-SPANISH = ("Había una vez un pescador que vivía junto al río con su hijo y no tenía nada más que una red.\n" * 600).encode()
+SPANISH = (
+    "Había una vez un pescador que vivía junto al río con su hijo y no tenía nada más que una red.\n" * 600
+).encode()
 
 
 def complaint(shown: Shown) -> str:
@@ -55,11 +57,17 @@ def copied(finished: tuple[Path, Path, Shown], directory: Path) -> tuple[Path, P
 
 
 def test_every_phase_is_headed_and_timed_and_the_artifacts_are_listed(finished: tuple[Path, Path, Shown]) -> None:
-    _, out, shown = finished
+    _, _, shown = finished
     for number, phase in enumerate(("Prerequisites", "Corpus", "Tokenizer", "Training", "Validation"), 1):
         assert f"== {number}/5 {phase} " in shown.out
         assert f"{phase.lower()} in " in shown.out
-    for name in ("model.safetensors", "tokenizer.json", "result.json", "training_metrics.json", "validation_report.json"):
+    for name in (
+        "model.safetensors",
+        "tokenizer.json",
+        "result.json",
+        "training_metrics.json",
+        "validation_report.json",
+    ):
         assert any(line.endswith(name) and " kB " in line for line in shown.out.splitlines()), name
     assert "success in " in shown.out
     assert shown.out.count("skipped") == 0
@@ -115,7 +123,9 @@ def test_the_checkpoint_holds_the_vocabulary_and_says_what_it_is(finished: tuple
 
 def test_again_every_phase_is_skipped(finished: tuple[Path, Path, Shown], tmp_path: Path) -> None:
     config, out = copied(finished, tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name in {"result.json", "tokenizer.json"}}
+    before = {
+        path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name in {"result.json", "tokenizer.json"}
+    }
     shown = pipeline("--config", config, "--output-dir", out)
     assert shown.code == 0, shown.out + shown.err
     assert [line.split()[0] for line in shown.out.splitlines() if line.startswith(("skipped", "verified"))] == [
@@ -236,12 +246,16 @@ def test_a_disk_without_room(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_a_python_without_the_packages(tmp_path: Path) -> None:
     venv.create(tmp_path / "bare", with_pip=False)
-    shown = pipeline("--output-dir", tmp_path / "out", PYTHON=str(tmp_path / "bare" / "bin" / "python"), PYTHONPATH=None)
+    shown = pipeline(
+        "--output-dir", tmp_path / "out", PYTHON=str(tmp_path / "bare" / "bin" / "python"), PYTHONPATH=None
+    )
     assert shown.code == 1
     assert "has no package torch, accelerate" in complaint(shown)
 
 
-@pytest.mark.parametrize(("answer", "says"), [("Python 3.8.20", "Python 3.8.20 is older than 3.11"), (None, "there is no")])
+@pytest.mark.parametrize(
+    ("answer", "says"), [("Python 3.8.20", "Python 3.8.20 is older than 3.11"), (None, "there is no")]
+)
 def test_a_python_that_is_too_old_or_not_there(tmp_path: Path, answer: str | None, says: str) -> None:
     python = tmp_path / "python3.8"
     if answer is not None:
@@ -265,7 +279,9 @@ def test_a_warning_where_the_memory_will_hardly_do(tmp_path: Path, capsys: pytes
 
 @pytest.fixture
 def impatient(tmp_path: Path) -> Path:
-    return tiny_text(tmp_path, {"text": {"download_timeout": 0.5, "download_attempts": 2}, "training": {"max_epochs": 1}})
+    return tiny_text(
+        tmp_path, {"text": {"download_timeout": 0.5, "download_attempts": 2}, "training": {"max_epochs": 1}}
+    )
 
 
 @pytest.mark.parametrize(
@@ -316,7 +332,10 @@ def test_a_fetched_corpus_is_kept_and_the_server_not_asked_again(tmp_path: Path,
     ("arguments", "says"),
     [
         (["--corpus-path", "missing.txt"], "--corpus-path/--corpus-url: missing.txt does not exist"),
-        (["--corpus-url", "http://127.0.0.1:9/a", "--skip-corpus"], "there is no corpus to go on with; leave out --skip"),
+        (
+            ["--corpus-url", "http://127.0.0.1:9/a", "--skip-corpus"],
+            "there is no corpus to go on with; leave out --skip",
+        ),
     ],
 )
 def test_a_corpus_that_is_not_there(
@@ -395,7 +414,12 @@ def test_a_signal_in_training_and_the_same_command_goes_on(
     out = tmp_path / "out"
     line = [str(PIPELINE), "--config", str(config), "--output-dir", str(out)]
     process = subprocess.Popen(
-        line, env=environment(PYTHON=sys.executable), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        line,
+        env=environment(PYTHON=sys.executable),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     wait_for(lambda: list(out.glob("*/checkpoints/step_*")), "the first checkpoint")
     os.killpg(process.pid, number)
@@ -433,5 +457,3 @@ def test_a_model_that_was_damaged_since(finished: tuple[Path, Path, Shown], tmp_
     shown = pipeline("--config", config, "--output-dir", out)
     assert shown.code == 5, shown.out + shown.err
     assert f"the trained model is damaged: {path.parent}: {name}" in complaint(shown)
-
-

@@ -389,7 +389,18 @@ def test_walks_are_printed_one_per_line(inference, capsys):
 
 
 def test_text_is_printed_as_it_comes_with_the_options_that_were_given(inference, capsys):
-    line = ["generate", "results/texts", "--prompt", "Había", "--max-tokens", "7", "--top-p", "0.9", "--temperature", "0"]
+    line = [
+        "generate",
+        "results/texts",
+        "--prompt",
+        "Había",
+        "--max-tokens",
+        "7",
+        "--top-p",
+        "0.9",
+        "--temperature",
+        "0",
+    ]
     assert main(line) == 0
     assert capsys.readouterr().out == "Había una vez\n"
     assert inference.calls == [{"prompt": "Había", "max_tokens": 7, "top_p": 0.9, "temperature": 0.0}]

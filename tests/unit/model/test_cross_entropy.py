@@ -68,7 +68,9 @@ def test_in_half_precision_small_gradients_do_not_vanish(dtype):
     x, weight = torch.randn(rows, WIDTH), 0.1 * torch.randn(VOCAB, WIDTH)
     targets = torch.randint(VOCAB, (rows,))
     exact_x, exact_weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    expected = torch.autograd.grad(functional.cross_entropy(exact_x @ exact_weight.t(), targets), [exact_x, exact_weight])
+    expected = torch.autograd.grad(
+        functional.cross_entropy(exact_x @ exact_weight.t(), targets), [exact_x, exact_weight]
+    )
     half_x, half_weight = x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
     loss = 2**10 * linear_cross_entropy(half_x, half_weight, targets)
     found = torch.autograd.grad(loss, [half_x, half_weight])

@@ -76,7 +76,15 @@ def deployed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def trained(task: TextTask, directory: Path, **changes: Any) -> Trained:
     (directory / "model.safetensors").write_bytes(b"weights")
     evaluation = {"metrics": {"val_loss": 3.0, "overfit_gap": 0.1}}
-    return Trained(**{"model": model_of(task), "checkpoint": directory, "evaluation": evaluation, "epoch_losses": [5.0, 4.0], **changes})
+    return Trained(
+        **{
+            "model": model_of(task),
+            "checkpoint": directory,
+            "evaluation": evaluation,
+            "epoch_losses": [5.0, 4.0],
+            **changes,
+        }
+    )
 
 
 # -- preparation ---------------------------------------------------------------------------
@@ -208,7 +216,9 @@ def test_bits_per_byte_are_those_of_the_held_out_text(tmp_path: Path) -> None:
     task = opened(tmp_path)
     _, val = task._windows
     _, targets = val.__getitems__(np.arange(len(val)))
-    text = b"".join(task.tokenizer._tokenizer.id_to_token(int(t)).encode("latin1", "replace") for t in targets.flatten())
+    text = b"".join(
+        task.tokenizer._tokenizer.id_to_token(int(t)).encode("latin1", "replace") for t in targets.flatten()
+    )
     found = task.evaluate(model_of(task), {"val": 2.0, "probe": 1.5}, never).metrics
     assert found["val_bits_per_byte"] == pytest.approx(2.0 * targets.numel() / math.log(2) / len(text))
     assert found["overfit_gap"] == pytest.approx(0.5)

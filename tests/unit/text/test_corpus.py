@@ -116,7 +116,8 @@ def test_a_place_without_text_is_refused(tmp_path: Path, name: str, says: str) -
     assert says in str(caught.value)
 
 
-BOOK = "Preface\n*** START OF THE PROJECT GUTENBERG EBOOK A ***\n{}\n*** END OF THE PROJECT GUTENBERG EBOOK A ***\nLicence\n"
+MARK = "*** {} OF THE PROJECT GUTENBERG EBOOK A ***"
+BOOK = f"Preface\n{MARK.format('START')}\n{{}}\n{MARK.format('END')}\nLicence\n"
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -89,7 +89,7 @@ def test_what_went_wrong_is_said(tmp_path: Path, answer, says: str, requests: in
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     with Web(gives(CONTENT)) as web:
         url = web.url
-    with pytest.raises(DownloadError, match="in 2 attempts: .*refused"):
+    with pytest.raises(DownloadError, match=r"in 2 attempts: .*refused"):
         download(url, tmp_path / "a", attempts=2, first_pause=0.01)
 
 
