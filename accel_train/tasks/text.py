@@ -220,7 +220,7 @@ class TextTask:
                 raise ConfigError(
                     "text.corpus",
                     self.config.text.corpus,
-                    f"is too small: its {tokens:,} tokens give {windows} windows of model.max_seq_len = {self._context} "
+                    f"is too small: {tokens:,} tokens give {windows} windows of model.max_seq_len = {self._context} "
                     f"for {part}, and {needed} are needed; use more text, a shorter context or a smaller batch",
                 )
 

@@ -43,7 +43,7 @@ def test_a_process_of_its_own_is_measured_not_this_one(checkpoint: Path) -> None
 
 def test_a_model_that_cannot_be_loaded_is_said(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(DeploymentError, match="could not be used in a process of its own: .*Error"):
+    with pytest.raises(DeploymentError, match=r"could not be used in a process of its own: .*Error"):
         measure_apart(checkpoint, lambda: False)
 
 
