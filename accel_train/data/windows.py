@@ -132,7 +132,8 @@ class _InMemory:
         return len(self._tokens)
 
     def windows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
-        return self._tokens[starts[:, None] + np.arange(length)].astype(np.int64)
+        gathered: npt.NDArray[np.int64] = self._tokens[starts[:, None] + np.arange(length)].astype(np.int64)
+        return gathered
 
 
 class WindowDataset(Dataset[tuple[Tensor, Tensor]]):

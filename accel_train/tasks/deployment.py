@@ -21,7 +21,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from accel_train.config import from_dict
+from accel_train.config import ExperimentConfig, from_dict
 from accel_train.interrupt import Interrupted
 from accel_train.model.generation import stream
 from accel_train.model.transformer import TransformerLM
@@ -86,7 +86,7 @@ def measure_apart(checkpoint: Path, should_stop: Callable[[], bool], timeout: fl
 
 def measure(checkpoint: Path, *, tokens: int = TIMED_TOKENS) -> Deployment:
     """Load ``checkpoint`` and generate, in this process."""
-    config = from_dict(yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8")))
+    config: ExperimentConfig = from_dict(yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8")))
     tokenizer = TextTokenizer.load(checkpoint / TOKENIZER_FILE)
     model = TransformerLM(config.model, tokenizer.vocab_size)
     model.load_state_dict(load_file(checkpoint / "model.safetensors"))

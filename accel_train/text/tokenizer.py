@@ -109,7 +109,8 @@ class TextTokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``."""
         if self._is_char:
-            return self._characters(text).tolist()
+            characters: list[int] = self._characters(text).tolist()
+            return characters
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
