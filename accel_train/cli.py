@@ -446,7 +446,7 @@ def _checkpoints(arguments: argparse.Namespace) -> int:
 
 
 def _table(runs: Sequence[RunSummary]) -> list[str]:
-    rows = [("ID", "STATUS", "EPOCHS", "GATE", "EDGE", "RULE", "AGE")]
+    rows = [("ID", "STATUS", "EPOCHS", "GATE", "EDGE", "RULE", "LOSS", "AGE")]
     rows += [
         (
             run.id,
@@ -455,6 +455,7 @@ def _table(runs: Sequence[RunSummary]) -> list[str]:
             "passed" if run.gate_passed else "-",
             _figure(run.edge_compliance),
             _figure(run.rule_compliance),
+            _figure(run.val_loss),
             _age(run.created_at),
         )
         for run in runs

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from harness import ROOT, merged, record, run, run_dir, write_config
+from harness import ROOT, merged, record, run_dir, write_config
 from texts import tiny_text
+from warm import fork
 
 from accel_train.cli import parse_config
 from accel_train.config import to_dict
@@ -21,7 +22,7 @@ def test_two_processes_take_the_samples_of_one_and_reach_its_losses(tmp_path: Pa
     found = {}
     for world in (1, 2):
         config = tiny_text(tmp_path / f"{world}", NO_DROPOUT, {"output_dir": str(tmp_path / f"out{world}")})
-        run(config, world)
+        fork(config, world)
         found[world] = record(tmp_path / f"out{world}")
     one, two = found[1], found[2]
     assert two["provenance"]["world_sizes"] == [2]

@@ -322,6 +322,7 @@ def results(tmp_path):
             record["metrics"]["scalars"] |= {
                 "final_edge_compliance": 0.9876,
                 "final_rule_compliance": 0.8765,
+                "final_val_loss": 4.3217,
                 "epochs_trained": 4,
             }
         (tmp_path / name).mkdir()
@@ -333,10 +334,10 @@ def test_runs_are_a_table_with_aligned_columns(results, capsys):
     assert main(["runs", str(results)]) == 0
 
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["ID", "STATUS", "EPOCHS", "GATE", "EDGE", "RULE", "AGE"]
+    assert lines[0].split() == ["ID", "STATUS", "EPOCHS", "GATE", "EDGE", "RULE", "LOSS", "AGE"]
     rows = {line.split()[0]: line for line in lines[1:]}
     assert rows.keys() == {"good", "missed", "cut"}
-    assert rows["good"].split()[1:6] == ["completed", "4", "passed", "0.988", "0.876"]
+    assert rows["good"].split()[1:7] == ["completed", "4", "passed", "0.988", "0.876", "4.322"]
     assert rows["cut"].split()[1] == "interrupted"
     assert {row.index(row.split()[1]) for row in rows.values()} == {lines[0].index("STATUS")}
 
