@@ -262,15 +262,17 @@ class _Pipeline:
         task: TextTask = text.TextTask(config, **observers)
         shared = self._out / importlib.import_module("accel_train.config").SHARED_CORPORA
         with self._phase(1), self._failing(EXIT_CORPUS):
-            self._require(self._options.skip_corpus, task.has_corpus(shared), EXIT_CORPUS, "corpus", "--skip-corpus")
+            self._require(
+                self._options.skip_corpus, task.preparation.has_corpus(shared), EXIT_CORPUS, "corpus", "--skip-corpus"
+            )
             task.check(_say, should_stop)
-            corpus = task.build_corpus(shared, _say, should_stop)
+            corpus = task.preparation.build_corpus(shared, _say, should_stop)
             self._tell_skipped(task, "corpus")
         with self._phase(2), self._failing(EXIT_TOKENIZER):
-            there = task.has_tokenizer(corpus, shared)
+            there = task.preparation.has_tokenizer(corpus, shared)
             self._require(self._options.skip_tokenizer, there, EXIT_TOKENIZER, "tokenizer", "--skip-tokenizer")
-            tokenizer = task.build_tokenizer(corpus, shared, _say, should_stop)
-            task.build_tokens(corpus, tokenizer, shared, _say, should_stop)
+            tokenizer = task.preparation.build_tokenizer(corpus, shared, _say, should_stop)
+            task.preparation.build_tokens(corpus, tokenizer, shared, _say, should_stop)
             self._tell_skipped(task, "tokenizer", "tokens")
         return task
 
@@ -281,7 +283,7 @@ class _Pipeline:
 
     @staticmethod
     def _tell_skipped(task: TextTask, *names: str) -> None:
-        if not any(name in task.built for name in names):
+        if not any(name in task.preparation.built for name in names):
             _say("skipped", "nothing to do: what is there was verified")
 
     @contextmanager

@@ -127,7 +127,8 @@ class RecordKeeper(Callback):
         if samples := evaluation.get("samples"):
             line["sample"] = samples[0]
             self._write_samples(f"step_{evaluation['step']:07d}.txt", samples)
-        if self._trainer is not None and self._trainer.state.train_loss:
+        if "val_loss" in evaluation.get("metrics", {}) and self._trainer is not None:
+            # Beside each other in one line, for whoever watches them part.
             line["loss"] = self._trainer.state.train_loss[-1]
         self._append({**line, **evaluation.get("metrics", {})})
         if self._trainer is not None:
@@ -237,7 +238,8 @@ class RecordKeeper(Callback):
 
     def _best(self, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
         """The lowest validation loss, and the seconds of training until it first was below 5; nothing without one."""
-        losses = {each["step"]: each["metrics"]["val_loss"] for each in evaluations if "val_loss" in each["metrics"]}
+        found = {each["step"]: each.get("metrics", {}).get("val_loss") for each in evaluations}
+        losses = {step: loss for step, loss in found.items() if loss is not None}
         if not losses:
             return {}
         reached = next((step for step, loss in losses.items() if loss < _NAMED_LOSS), None)

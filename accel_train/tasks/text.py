@@ -1,9 +1,4 @@
-"""Text: from a corpus to tokens on disk, and a model judged by its loss, its samples and its cost.
-
-Everything that is prepared is shared by all runs and named by what it was made from: the corpus
-by its digest or address, the tokenizer by the corpus, the tokens by corpus and tokenizer. So a
-phase that is done is recognised by its content, not by a file being there. A local corpus is
-never copied.
+"""Text: a model that continues a text, judged by its loss, its samples and its cost.
 
 The loss is measured on a part of the corpus that no training window touches. What says little
 in the course of training (samples, milliseconds, megabytes) is judged once, at the end.
@@ -26,37 +21,22 @@ from torch import nn
 from torch.utils.data import Subset
 
 from accel_train.config import ConfigError, ExperimentConfig, canonical_json
-from accel_train.data.cache import INDEX_FILE, cached
+from accel_train.data.cache import INDEX_FILE
 from accel_train.data.order import Ids
-from accel_train.data.windows import Ranges, WindowDataset, split_corpus
+from accel_train.data.windows import WindowDataset
 from accel_train.durable import sha256_file
-from accel_train.meter import Meter
 from accel_train.model import memory
 from accel_train.model.generation import generate
 from accel_train.observer import SILENT, Observer
 from accel_train.tasks.base import Evaluation, Say, StopCheck, Trained
 from accel_train.tasks.criteria import Criterion, Op, Verdict, judge
 from accel_train.tasks.deployment import DeploymentError, measure_apart
-from accel_train.text.builtin import BUILTIN, builtin_text
-from accel_train.text.corpus import Corpus, UnusableCorpus, check_corpus, find_files
-from accel_train.text.download import download, is_url
 from accel_train.text.language import LANGUAGES, Language, language_of
+from accel_train.text.preparation import Preparation, split
 from accel_train.text.repetition import repetition
-from accel_train.text.tokenizer import (
-    CHAR_VOCAB_SIZE,
-    TOKENIZER_FILE,
-    TextTokenizer,
-    VocabularyError,
-    char_tokenizer,
-    train_tokenizer,
-)
-from accel_train.text.tokens import Tokens, write_tokens
+from accel_train.text.tokenizer import CHAR_VOCAB_SIZE, TOKENIZER_FILE, TextTokenizer
+from accel_train.text.tokens import Tokens
 
-# Parts of the cache keys: raise one when the same input would give another result.
-_BUILTIN_VERSION, _TOKENIZER_VERSION, _TOKENS_VERSION = 1, 1, 1
-_BUILTIN_SEED = 0
-"""The corpus is data: runs of different seeds share it."""
-_CORPUS_FILE = "corpus.txt"
 _PROBE_WINDOWS = 256
 _PROMPTS_PER_LANGUAGE, _PROMPT_TOKENS, _CONTINUATION_TOKENS = 5, 24, 64
 _WINDOWS_LOOKED_AT = 400
@@ -68,17 +48,14 @@ class TextTask:
 
     def __init__(self, config: ExperimentConfig, observer: Observer = SILENT) -> None:
         self.config = config
-        self._observer = observer
+        self.preparation = Preparation(config, observer)
         self._context = config.model.max_seq_len
-        self._corpus: Corpus | None = None
         self._artifacts = Path()
         self._tokens: Tokens | None = None
         self._tokenizer: TextTokenizer | None = None
         self._train: WindowDataset | None = None
         self._val: WindowDataset | None = None
         self._bytes_per_token: float | None = None
-        self.built: set[str] = set()
-        """Which of corpus, tokenizer and tokens were not there."""
 
     @property
     def vocab_size(self) -> int:
@@ -103,7 +80,7 @@ class TextTask:
     # -- data ------------------------------------------------------------------------------
 
     def check(self, say: Say, should_stop: StopCheck) -> None:
-        """Read a local corpus once, and refuse one that is no text; refuse a gate that cannot be passed.
+        """Refuse a corpus that is no text and a gate that cannot be passed; warn where memory is short.
 
         Raises:
             ConfigError: the corpus is missing, empty, binary or not UTF-8, or a threshold cannot be met.
@@ -114,193 +91,18 @@ class TextTask:
         gate = self.config.gate
         if gate.val_loss_threshold == 0:
             raise ConfigError("gate.val_loss_threshold", 0.0, "can never be met; choose a positive value or null")
-        place = self.config.text.corpus
-        if place != BUILTIN and not is_url(place):
-            self._corpus = self._checked(lambda: find_files(place), say, should_stop)
+        self.preparation.check(say, should_stop)
 
     def build(self, shared: Path, say: Say, should_stop: StopCheck) -> str:
-        """Fetch or make the corpus, train the tokenizer, write the tokens; or verify and reuse them.
-
-        Raises:
-            ConfigError: the corpus does not support the vocabulary, or is too small.
-            DownloadError: it could not be fetched.
-            Interrupted: ``should_stop()`` turned true; nothing half-built is left.
-        """
-        corpus = self.build_corpus(shared, say, should_stop)
-        tokenizer = self.build_tokenizer(corpus, shared, say, should_stop)
-        return str(self.build_tokens(corpus, tokenizer, shared, say, should_stop))
-
-    def build_corpus(self, shared: Path, say: Say, should_stop: StopCheck) -> Corpus:
-        """The corpus, checked: a local one where it lies, any other one under ``shared``."""
-        text, key = self.config.text, self._corpus_key
-        if key is not None:
-            write = self._write_builtin if text.corpus == BUILTIN else self._fetch
-            corpus = self._made(key, write, shared, say, should_stop)
-        else:
-            corpus = self._corpus or self._checked(lambda: find_files(text.corpus), say, should_stop)
-            self._corpus = corpus
-            say("corpus", f"{text.corpus}: {_size(corpus.size)} of text, SHA-256 {corpus.sha256[:16]}")
-        return corpus
-
-    @property
-    def _corpus_key(self) -> str | None:
-        """Name of a corpus that is kept under the shared directory; None for local files."""
-        text = self.config.text
-        if text.corpus == BUILTIN:
-            return f"builtin-{text.builtin_bytes}-v{_BUILTIN_VERSION}"
-        if not is_url(text.corpus):
-            return None
-        return f"download-{_short(canonical_json([text.corpus, text.corpus_sha256, text.corpus_bytes]))}"
-
-    def has_corpus(self, shared: Path) -> bool:
-        """Whether there is nothing to fetch or to make."""
-        return self._corpus_key is None or (shared / self._corpus_key).is_dir()
-
-    def has_tokenizer(self, corpus: Corpus, shared: Path) -> bool:
-        """Whether there is nothing to train."""
-        return self.config.text.tokenizer == "char" or (shared / self._tokenizer_key(corpus)).is_dir()
-
-    def _tokenizer_key(self, corpus: Corpus) -> str:
-        text = self.config.text
-        defines = [_TOKENIZER_VERSION, text.tokenizer, text.vocab_size, corpus.sha256, corpus.strip_gutenberg]
-        return f"tokenizer-{_short(canonical_json(defines))}"
-
-    def build_tokenizer(self, corpus: Corpus, shared: Path, say: Say, should_stop: StopCheck) -> TextTokenizer:
-        """The tokenizer of ``corpus``, trained if it is not there."""
-        text = self.config.text
-        if text.tokenizer == "char":
-            say("tokenizer", f"{CHAR_VOCAB_SIZE} characters")
-            return char_tokenizer()
-
-        def build(directory: Path) -> None:
-            say("tokenizer", f"training {text.tokenizer} with a vocabulary of {text.vocab_size:,}")
-            with Meter("tokenizer: text read", corpus.size, lambda line: say("tokenizer", line)) as meter:
-                trained = train_tokenizer(text.tokenizer, _counted(corpus, meter, should_stop), text.vocab_size)
-            (directory / TOKENIZER_FILE).write_text(trained.content, encoding="utf-8")
-
-        try:
-            directory, built = self._cached("tokenizer", shared, self._tokenizer_key(corpus), build, say, should_stop)
-        except VocabularyError as error:
-            raise ConfigError(
-                "text.vocab_size",
-                error.wanted,
-                f"is more than this corpus supports ({error.possible} at most); choose a smaller one or use more text",
-            ) from error
-        tokenizer = TextTokenizer.load(directory / TOKENIZER_FILE)
-        say("tokenizer", f"{text.tokenizer}, vocabulary of {tokenizer.vocab_size:,}, {built} as {_name(directory)}")
-        return tokenizer
-
-    def build_tokens(
-        self, corpus: Corpus, tokenizer: TextTokenizer, shared: Path, say: Say, should_stop: StopCheck
-    ) -> Path:
-        """The directory with the tokens of ``corpus``, written if they are not there."""
-        defines = [_TOKENS_VERSION, corpus.sha256, corpus.strip_gutenberg, tokenizer.digest]
-
-        def build(directory: Path) -> None:
-            with Meter("tokens: text read", corpus.size, lambda line: say("tokens", line)) as meter:
-                pieces = _counted(corpus, meter, should_stop)
-                write_tokens(directory, pieces, tokenizer, corpus.sha256)
-            (directory / TOKENIZER_FILE).write_text(tokenizer.content, encoding="utf-8")
-
-        directory, built = self._cached(
-            "tokens", shared, f"tokens-{_short(canonical_json(defines))}", build, say, should_stop
-        )
-        index = Tokens(directory).index
-        each = index.bytes / max(index.tokens, 1)
-        say("tokens", f"{index.tokens:,} of {each:.2f} bytes each, {built} as {_name(directory)}")
-        self._check_size(index.tokens)
-        return directory
-
-    def _check_size(self, tokens: int) -> None:
-        train, val = self._split(tokens)
-        for part, ranges in (("training", train), ("validation", val)):
-            windows = int(np.maximum((ranges[:, 1] - ranges[:, 0] - 1) // self._context, 0).sum())
-            needed = self.config.training.batch_size if part == "training" else 1
-            if windows < needed:
-                raise ConfigError(
-                    "text.corpus",
-                    self.config.text.corpus,
-                    f"is too small: {tokens:,} tokens give {windows} windows of model.max_seq_len = {self._context} "
-                    f"for {part}, and {needed} are needed; use more text, a shorter context or a smaller batch",
-                )
-
-    def _split(self, tokens: int) -> tuple[Ranges, Ranges]:
-        text = self.config.text
-        return split_corpus(tokens, self._context, text.held_out_fraction, text.split_by)
-
-    def _made(self, key: str, write: Any, shared: Path, say: Say, should_stop: StopCheck) -> Corpus:
-        """A corpus that is a file under ``shared``."""
-
-        def build(directory: Path) -> None:
-            path = directory / _CORPUS_FILE
-            write(path, say, should_stop)
-            # Before it counts: what is no text must not be found next time.
-            self._checked(lambda: (path,), say, should_stop)
-
-        directory, built = self._cached("corpus", shared, key, build, say, should_stop)
-        corpus = self._checked(lambda: (directory / _CORPUS_FILE,), say, should_stop)
-        say("corpus", f"{self.config.text.corpus}: {_size(corpus.size)} of text, {built} as {_name(directory)}")
-        return corpus
-
-    def _write_builtin(self, path: Path, _say: Say, _should_stop: StopCheck) -> None:
-        with path.open("w", encoding="utf-8", newline="\n") as file:
-            for piece in builtin_text(self.config.text.builtin_bytes, _BUILTIN_SEED):
-                file.write(piece)
-
-    def _fetch(self, path: Path, say: Say, should_stop: StopCheck) -> None:
-        text = self.config.text
-        with Meter("download", text.corpus_bytes, lambda line: say("corpus", line)) as meter:
-            download(
-                text.corpus,
-                path,
-                sha256=text.corpus_sha256,
-                size=text.corpus_bytes,
-                timeout=text.download_timeout,
-                attempts=text.download_attempts,
-                should_stop=should_stop,
-                progress=meter.reach,
-                on_retry=lambda line: say("corpus", line),
-            )
-
-    def _checked(self, find: Any, say: Say, should_stop: StopCheck) -> Corpus:
-        text = self.config.text
-        try:
-            paths = find()
-            size = sum(path.stat().st_size for path in paths)
-            with Meter("corpus: text checked", size, lambda line: say("corpus", line)) as meter:
-                return check_corpus(
-                    paths, strip_gutenberg=text.strip_gutenberg, should_stop=should_stop, progress=meter
-                )
-        except UnusableCorpus as error:
-            named = error.path.name == _CORPUS_FILE or str(error.path) == text.corpus
-            rule = error.rule if named else f"{error.path} {error.rule}"
-            raise ConfigError("text.corpus", text.corpus, rule) from error
-
-    def _cached(
-        self, name: str, shared: Path, key: str, build: Any, say: Say, should_stop: StopCheck
-    ) -> tuple[Path, str]:
-        """The artifact's directory, and how it came to be there."""
-
-        def note_and_build(directory: Path) -> None:
-            self.built.add(name)
-            build(directory)
-
-        directory = cached(
-            shared,
-            key,
-            note_and_build,
-            on_wait=lambda message: say(name, message),
-            should_stop=should_stop,
-            observer=self._observer,
-        )
-        return directory, "built" if name in self.built else "found and verified"
+        """Fetch or make the corpus, train the tokenizer, write the tokens; or verify and reuse them."""
+        return self.preparation.build(shared, say, should_stop)
 
     def open(self, artifacts: str) -> WindowDataset:
         """The training windows, memory-mapped; also opens the held-out ones."""
         self._artifacts = Path(artifacts)
         self._tokens = Tokens(self._artifacts)
         self._tokenizer = TextTokenizer.load(self._artifacts / TOKENIZER_FILE)
-        train, val = self._split(len(self._tokens))
+        train, val = split(self.config, len(self._tokens))
         self._train = WindowDataset(self._tokens, self._context, train, self.config.text.stride)
         self._val = WindowDataset(self._tokens, self._context, val)
         return self._train
@@ -543,29 +345,10 @@ def _is_in(text: str, language: Language | None) -> bool:
     return language_of(text) == language
 
 
-def _counted(corpus: Corpus, meter: Meter, should_stop: StopCheck) -> Any:
-    """The pieces of a corpus, each counted as it is taken."""
-    for piece in corpus.pieces(should_stop):
-        meter(len(piece.encode()))
-        yield piece
-
-
 def _spread(length: int, count: int) -> Ids:
     """At most ``count`` places in ``range(length)``, evenly spread, in order."""
     count = min(length, count)
     return np.arange(count, dtype=np.int64) * length // max(count, 1)
-
-
-def _short(defines: str) -> str:
-    return hashlib.sha256(defines.encode()).hexdigest()[:16]
-
-
-def _name(directory: Path) -> str:
-    return f"{directory.parent.name}/{directory.name}"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
 def _percent(share: float) -> str:

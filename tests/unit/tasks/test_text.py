@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from accel_train.config import ConfigError, ExperimentConfig, GateConfig, ModelConfig, TextConfig, TrainingConfig
+from accel_train.durable import sha256_file
 from accel_train.interrupt import Interrupted
 from accel_train.model.transformer import TransformerLM
 from accel_train.tasks import text as module
@@ -93,11 +94,11 @@ def trained(task: TextTask, directory: Path, **changes: Any) -> Trained:
 def test_a_second_run_finds_everything_and_another_seed_shares_it(tmp_path: Path) -> None:
     first = TextTask(config())
     artifacts = first.build(tmp_path, silent, never)
-    assert first.built == {"corpus", "tokenizer", "tokens"}
+    assert first.preparation.built == {"corpus", "tokenizer", "tokens"}
     said = Said()
     second = TextTask(dataclasses.replace(config(), seed=7))
     assert second.build(tmp_path, said, never) == artifacts
-    assert second.built == set()
+    assert second.preparation.built == set()
     assert len([line for line in said if "found and verified" in line]) == 3
 
 
@@ -114,7 +115,7 @@ def test_only_what_depends_on_a_change_is_made_again(tmp_path: Path, change: dic
     TextTask(config()).build(tmp_path, silent, never)
     other = TextTask(config(**change))
     other.build(tmp_path, silent, never)
-    assert other.built == made_again
+    assert other.preparation.built == made_again
 
 
 def test_damaged_tokens_are_written_again(tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ def test_damaged_tokens_are_written_again(tmp_path: Path) -> None:
     shard.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
     again = TextTask(config())
     again.build(tmp_path, silent, never)
-    assert again.built == {"tokens"}
+    assert again.preparation.built == {"tokens"}
     assert shard.read_bytes() == content
 
 
@@ -133,7 +134,7 @@ def test_a_local_corpus_is_used_where_it_lies(tmp_path: Path) -> None:
     corpus.write_text("The quick brown fox jumps over the lazy dog.\n" * 200)
     task = opened(tmp_path / "shared", config(corpus=str(corpus), tokenizer="char"))
     assert not list((tmp_path / "shared").rglob("corpus.txt"))
-    assert task.digests()["corpus"] == module.sha256_file(corpus)
+    assert task.digests()["corpus"] == sha256_file(corpus)
     assert set(task.digests()) == {"corpus", "tokenizer", "tokens"}
     assert task.files()[TOKENIZER_FILE].decode() == task.tokenizer.content
 
