@@ -18,7 +18,9 @@ import importlib
 import importlib.util
 import json
 import os
+import shlex
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from accel_train.training.preemption import StopSignal, leaving_on_stop_signals
+from accel_train.training.preemption import StopSignal, leaving_on_stop_signals, tied_to_this_process
 
 if TYPE_CHECKING:
     from accel_train.config import ExperimentConfig
@@ -40,11 +42,14 @@ PHASES = ("Prerequisites", "Corpus", "Tokenizer", "Training", "Validation")
 OPTIONS_FILE = "pipeline.json"
 METRICS_FILE = "training_metrics.json"
 REPORT_FILE = "validation_report.json"
+CONFIG_FILE = "training.yaml"
+"""What the processes of ``--launcher`` are given."""
 
 _OLDEST_PYTHON = (3, 11)
 _PACKAGES = (
     "torch accelerate safetensors numpy scipy tqdm jsonargparse yaml tokenizers filelock matplotlib psutil".split()
 )
+_POLL_SECONDS = 0.05
 _SPARE_BYTES = 50_000_000
 _NOT_KEPT = ("resume", "fresh", "output_dir")
 
@@ -110,6 +115,12 @@ def _parser() -> argparse.ArgumentParser:
         "text_default.yaml for any other)",
     )
     parser.add_argument(
+        "--launcher",
+        metavar="COMMAND",
+        help="what starts the processes of training, such as 'accelerate launch --multi_gpu --num_processes 4' "
+        "(default: this process trains)",
+    )
+    parser.add_argument(
         "--output-dir", metavar="DIR", default="results", help="where everything goes (default: results)"
     )
     parser.add_argument(
@@ -150,9 +161,7 @@ class _Pipeline:
                 importlib.import_module("accel_train.experiment")
                 if stop.requested:
                     raise interrupt.Interrupted
-            code = self._train(config)
-            if code != EXIT_SUCCESS:
-                return code
+            self._train(config)
             with stop.installed():
                 return self._validate(config, task)
         except (interrupt.Interrupted, KeyboardInterrupt):
@@ -300,22 +309,15 @@ class _Pipeline:
 
     # -- training and validation -----------------------------------------------------------
 
-    def _train(self, config: ExperimentConfig) -> int:
+    def _train(self, config: ExperimentConfig) -> None:
         settings = importlib.import_module("accel_train.config")
+        run_dir = settings.run_directory(config)
         with self._phase(3):
-            run_dir = settings.run_directory(config)
-            before = _record_of(run_dir)
-            if before.get("status") == "completed" and not self._options.fresh:
+            if _record_of(run_dir).get("status") == "completed" and not self._options.fresh:
                 _say("skipped", f"{run_dir} is trained")
-            experiment = importlib.import_module("accel_train.experiment")
-            observers = {} if self._observer is None else {"observer": self._observer}
-            earlier = settings.EarlierRun(fresh=self._options.fresh)
-            try:
-                code = experiment.run(config, earlier=earlier, command=list(sys.argv), **observers)
-            except (settings.ConfigError, importlib.import_module("accel_train.record").RecordError) as error:
-                raise PhaseFailed(EXIT_TRAINING, str(error)) from error
+            code = self._train_here(config) if self._options.launcher is None else self._launch(config, run_dir)
             if code == EXIT_INTERRUPTED:
-                return EXIT_INTERRUPTED
+                raise importlib.import_module("accel_train.interrupt").Interrupted
             if code != EXIT_SUCCESS:
                 reason = _record_of(run_dir).get("reason")
                 log = run_dir / "logs" / "rank_0.log"
@@ -324,7 +326,40 @@ class _Pipeline:
                     f"training failed: {reason or 'see above'}; the last good checkpoint is intact, {log} has the "
                     "details, and the same command goes on from there",
                 )
-        return EXIT_SUCCESS
+
+    def _train_here(self, config: ExperimentConfig) -> int:
+        settings = importlib.import_module("accel_train.config")
+        experiment = importlib.import_module("accel_train.experiment")
+        observers = {} if self._observer is None else {"observer": self._observer}
+        earlier = settings.EarlierRun(fresh=self._options.fresh)
+        try:
+            code: int = experiment.run(config, earlier=earlier, command=list(sys.argv), **observers)
+        except (settings.ConfigError, importlib.import_module("accel_train.record").RecordError) as error:
+            raise PhaseFailed(EXIT_TRAINING, str(error)) from error
+        return code
+
+    def _launch(self, config: ExperimentConfig, run_dir: Path) -> int:
+        """Train in the processes that ``--launcher`` starts; the record says what came of it, launchers do not."""
+        durable, rundir = (importlib.import_module(f"accel_train.{name}") for name in ("durable", "rundir"))
+        path = self._out / CONFIG_FILE
+        durable.write_atomic(path, rundir.dump_config(config).encode())
+        line = [*shlex.split(self._options.launcher), "-m", "accel_train.cli", "train", "--config", str(path)]
+        line += ["--fresh"] if self._options.fresh else []
+        _say("launch", shlex.join(line))
+        if shutil.which(line[0]) is None:
+            raise PhaseFailed(EXIT_TRAINING, f"there is no command {line[0]}; check --launcher")
+        stop, told = StopSignal(), False
+        with stop.installed():
+            process = subprocess.Popen(tied_to_this_process(line))
+            while process.poll() is None:
+                if stop.requested and not told:
+                    process.terminate()
+                    told = True
+                time.sleep(_POLL_SECONDS)
+        status = _record_of(run_dir).get("status")
+        if status == "completed":
+            return EXIT_SUCCESS
+        return EXIT_INTERRUPTED if stop.requested or status == "preempted" else EXIT_TRAINING
 
     def _validate(self, config: ExperimentConfig, task: TextTask) -> int:
         run_dir = importlib.import_module("accel_train.config").run_directory(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import stat
@@ -15,7 +16,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from harness import ROOT, Shown, checkpoints, environment, metrics, record, run_dir, wait_for
+from harness import ACCELERATE, ROOT, Shown, checkpoints, environment, metrics, record, run_dir, wait_for
 from texts import PIPELINE, pipeline, tiny_text
 
 from accel_train.pipeline import pipeline_main
@@ -431,6 +432,35 @@ def test_a_signal_in_training_and_the_same_command_goes_on(
     final = checkpoints(out)[-1] / "model.safetensors"
     assert final.read_bytes() == (checkpoints(reference)[-1] / "model.safetensors").read_bytes()
     assert record(out)["curves"] == record(reference)["curves"]
+
+
+def test_training_on_two_processes_is_preempted_and_goes_on(tmp_path: Path) -> None:
+    config, out = tiny_text(tmp_path), tmp_path / "out"
+    launcher = shlex.join([*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"])
+    line = [str(PIPELINE), "--config", str(config), "--output-dir", str(out), "--launcher", launcher]
+    process = subprocess.Popen(
+        line,
+        env=environment(PYTHON=sys.executable),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(lambda: list(out.glob("*/checkpoints/step_*")), "the first checkpoint")
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert record(out)["status"] == "preempted"
+    again = pipeline(*line[1:])
+    assert again.code == 0, again.out + again.err
+    assert record(out)["provenance"]["world_sizes"] == [2, 2]
+
+
+def test_a_launcher_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_text(tmp_path)
+    shown = here_pipeline(capsys, "--config", config, "--output-dir", tmp_path / "out", "--launcher", "nosuch launch")
+    assert shown.code == 4
+    assert "there is no command nosuch; check --launcher" in complaint(shown)
 
 
 # -- 5: validation -------------------------------------------------------------------------
