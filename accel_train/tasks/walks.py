@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import nn
 from accel_train.config import ConfigError, ExperimentConfig, canonical_json, result_values
 from accel_train.data.cache import cached
 from accel_train.data.windows import WalkDataset
+from accel_train.meter import Meter
 from accel_train.model.generation import generate
 from accel_train.observer import SILENT, Observer
 from accel_train.tasks.base import Evaluation, Say, StopCheck, Trained
@@ -183,20 +184,20 @@ class WalksTask:
 
     def _build_corpora(self, directory: Path, say: Say, should_stop: StopCheck) -> None:
         walks, gate = self.config.walks, self.config.gate
-        progress = _percent_reporter(walks.num_walks, lambda text: say("corpus", text))
-        for name, stream, count, length, report in (
-            ("train", _TRAIN, walks.num_walks, walks.walk_length, progress),
-            ("held_out", _HELD_OUT, gate.num_sequences, self._context + 1, None),
+        for name, stream, count, length in (
+            ("train", _TRAIN, walks.num_walks, walks.walk_length),
+            ("held_out", _HELD_OUT, gate.num_sequences, self._context + 1),
         ):
-            result = generate_walks(
-                self.graph,
-                self.rules,
-                count,
-                length,
-                self._stream_seed(stream),
-                should_stop=should_stop,
-                progress=report,
-            )
+            with Meter(f"{name} walks", count, lambda line: say("corpus", line), unit="") as meter:
+                result = generate_walks(
+                    self.graph,
+                    self.rules,
+                    count,
+                    length,
+                    self._stream_seed(stream),
+                    should_stop=should_stop,
+                    progress=meter.reach,
+                )
             np.save(directory / f"{name}.npy", result.walks)
         save_npz(directory / "graph.npz", self.graph.adjacency)
         np.save(directory / "blocks.npy", self.graph.block_assignments)
@@ -402,16 +403,3 @@ def _difference(a: float | None, b: float | None) -> float | None:
 
 def _percent(value: float | None) -> str:
     return "none" if value is None else f"{100 * value:.4g} %"
-
-
-def _percent_reporter(total: int, report: Callable[[str], None], every: float = 5.0) -> Callable[[int], None]:
-    """Report a share of ``total`` at most once in ``every`` seconds."""
-    last = time.monotonic()
-
-    def progress(done: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= every:
-            last = time.monotonic()
-            report(f"{100 * done // max(total, 1)} % of {total} walks")
-
-    return progress

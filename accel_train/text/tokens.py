@@ -154,6 +154,7 @@ class Tokens:
     """
 
     def __init__(self, directory: Path) -> None:
+        self._directory = directory
         path = directory / TOKENS_FILE
         try:
             self.index = TokenIndex(**json.loads(path.read_text(encoding="utf-8")))
@@ -173,6 +174,10 @@ class Tokens:
 
     def __len__(self) -> int:
         return self.index.tokens
+
+    def __reduce__(self) -> tuple[type[Tokens], tuple[Path]]:
+        # To a data worker that is not forked goes the place of the tokens, not a copy of them.
+        return Tokens, (self._directory,)
 
     def windows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
         """The ``length`` tokens from each of ``starts`` on, ``(windows, length)`` int64.

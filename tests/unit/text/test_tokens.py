@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,13 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path: Path, monkeypatch: pytest
     index = write_tokens(tmp_path, PIECES[:1], tokenizer, "")
     assert index.dtype == "uint32"
     assert Tokens(tmp_path).windows(np.array([0]), 5).tolist() == [IDS[:5]]
+
+
+def test_another_process_is_sent_their_place_and_no_copy(tmp_path: Path) -> None:
+    tokens = Tokens(written(tmp_path))
+    sent = pickle.dumps(tokens)
+    assert len(sent) < 500
+    assert pickle.loads(sent).windows(np.array([7]), 50).tolist() == [IDS[7:57]]
 
 
 def test_a_window_outside_is_an_error(tmp_path: Path) -> None:
