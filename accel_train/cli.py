@@ -350,7 +350,7 @@ def _commands() -> argparse.ArgumentParser:
     text.add_argument("--max-tokens", type=_positive, help="tokens to write (default: 200)")
     text.add_argument("--temperature", type=_number(0), help="0 takes the most likely token (default: the run's)")
     text.add_argument("--top-k", type=_positive, help="sample from the so many most likely tokens")
-    text.add_argument("--top-p", type=_number(0, 1), help="sample from the fewest tokens of this probability")
+    text.add_argument("--top-p", type=_number(0, 1, above=True), help="sample from the fewest tokens this likely")
     text.add_argument("--seed", type=int, help="seed of the samples (default: 0)")
     return parser
 
@@ -361,16 +361,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _number(least: float, most: float | None = None) -> Callable[[str], float]:
-    """A type of argparse: numbers from ``least`` to ``most``."""
+def _number(least: float, most: float | None = None, *, above: bool = False) -> Callable[[str], float]:
+    """A type of argparse: numbers from ``least`` (or ``above`` it) to ``most``."""
 
     def read(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not least <= value <= (math.inf if most is None else most):
-            wanted = f"at least {least:g}" if most is None else f"from {least:g} to {most:g}"
+        if not least <= value <= (math.inf if most is None else most) or (above and value == least):
+            wanted = f"at least {least:g}" if most is None else f"{'above' if above else 'from'} {least:g} to {most:g}"
             raise argparse.ArgumentTypeError(f"{text!r} is not a number {wanted}")
         return value
 

@@ -150,7 +150,7 @@ class TextConfig:
     corpus: str = "builtin"
     """Path of a text file or a directory of *.txt files, http(s) URL, or `builtin` (a generated bilingual corpus)."""
     corpus_sha256: str | None = None
-    """SHA-256 (hex) that a downloaded corpus must have; null: not checked."""
+    """SHA-256 (hex) that the corpus must have; null: not checked."""
     corpus_bytes: int | None = None
     """Size that a downloaded corpus must have; null: not checked."""
     builtin_bytes: int = 500_000

@@ -312,7 +312,9 @@ class _Experiment:
     def _conclude(self, trainer: Trainer) -> None:
         """The task's last judgement of the finished model; its verdict is the record's."""
         state, per_epoch = trainer.state, trainer.plan.steps_per_epoch
-        epochs = [state.train_loss[start : start + per_epoch] for start in range(0, state.step, per_epoch)]
+        epochs = [
+            state.train_loss[start : start + per_epoch] for start in range(0, state.step - per_epoch + 1, per_epoch)
+        ]
         trained = Trained(
             model=trainer.unwrapped_model,
             checkpoint=self.directory.path / "checkpoints" / step_directory(state.step),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,15 @@ from accel_train.tasks.text import TextTask
 from accel_train.tasks.walks import CorpusError, WalksTask
 from accel_train.text.tokenizer import TOKENIZER_FILE, TokenizerError
 from accel_train.training.losses import LOSS_OF_TASK
-from accel_train.training.manifest import CheckpointError, newest_sound, read_manifest, require_configuration
+from accel_train.training.manifest import (
+    CheckpointError,
+    newest_sound,
+    read_manifest,
+    require_configuration,
+    require_data,
+)
 from accel_train.training.progress import be_silent
+from accel_train.training.state import STATE_FILE
 from accel_train.training.validation import Share, mean_loss
 from accel_train.weights import build_model
 
@@ -96,6 +104,7 @@ def load_model(run_dir: Path) -> tuple[TransformerLM, Task, int]:
     task = build_task(run.config)
     task.check(be_silent, _never)
     task.open(task.build(run_dir.parent / SHARED_CORPORA, be_silent, _never))
+    require_data(saved_data(run.checkpoint), task.digests(), run.step, "judge a run that was trained on this")
     return _model_of(run, task), task, run.step
 
 
@@ -181,6 +190,12 @@ def generate_text(run_dir: Path, options: TextOptions) -> Iterator[str]:
                 yield piece
                 pending = []
         yield task.tokenizer.decode(pending) + "\n"
+
+
+def saved_data(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 (hex) of the data that a checkpoint saw, by name."""
+    found: dict[str, str] = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")).get("data", {})
+    return found
 
 
 def _model_of(run: Run, task: Task) -> TransformerLM:

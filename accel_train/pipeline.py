@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from accel_train.training.preemption import StopSignal, leaving_on_stop_signals, tied_to_this_process
 
 if TYPE_CHECKING:
-    from accel_train.config import ExperimentConfig
+    from accel_train.config import ExperimentConfig, TextConfig
     from accel_train.observer import Observer
     from accel_train.tasks.text import TextTask
 
@@ -42,8 +42,6 @@ PHASES = ("Prerequisites", "Corpus", "Tokenizer", "Training", "Validation")
 OPTIONS_FILE = "pipeline.json"
 METRICS_FILE = "training_metrics.json"
 REPORT_FILE = "validation_report.json"
-CONFIG_FILE = "training.yaml"
-"""What the processes of ``--launcher`` are given."""
 
 _OLDEST_PYTHON = (3, 11)
 _PACKAGES = (
@@ -51,7 +49,7 @@ _PACKAGES = (
 )
 _POLL_SECONDS = 0.05
 _SPARE_BYTES = 50_000_000
-_NOT_KEPT = ("resume", "fresh", "output_dir")
+_NOT_KEPT = ("resume", "fresh", "output_dir", "skip_corpus", "skip_tokenizer")
 
 
 class PhaseFailed(Exception):
@@ -151,6 +149,7 @@ class _Pipeline:
             self._recall()
             config = self._configuration()
             self._check_space(config)
+            self._keep_options()
         # From here on everything is installed.
         interrupt = importlib.import_module("accel_train.interrupt")
         stop = StopSignal()
@@ -161,11 +160,12 @@ class _Pipeline:
                 importlib.import_module("accel_train.experiment")
                 if stop.requested:
                     raise interrupt.Interrupted
-            self._train(config)
+            self._train(config, task)
             with stop.installed():
                 return self._validate(config, task)
         except (interrupt.Interrupted, KeyboardInterrupt):
-            print("interrupted: run the same command again to go on", flush=True)
+            again = "with --resume instead of --fresh" if self._options.fresh else "again"
+            print(f"interrupted: run the same command {again} to go on", flush=True)
             return EXIT_INTERRUPTED
 
     @contextmanager
@@ -201,21 +201,32 @@ class _Pipeline:
             ) from error
 
     def _recall(self) -> None:
-        """Take over the options of the last call where ``--resume`` asks for it; keep those of this one."""
-        path = self._out / OPTIONS_FILE
-        if self._options.resume:
-            try:
-                earlier = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise PhaseFailed(
-                    EXIT_PREREQUISITES,
-                    f"there is nothing to resume in {self._out} ({path.name}: {error}); leave out --resume",
-                ) from error
-            for name, value in earlier.items():
-                if not getattr(self._options, name, None):
-                    setattr(self._options, name, value)
-        kept = {name: value for name, value in vars(self._options).items() if name not in _NOT_KEPT and value}
-        importlib.import_module("accel_train.durable").write_atomic(path, json.dumps(kept, indent=1).encode() + b"\n")
+        """Take over the options of the last call where ``--resume`` asks for it; those given now win."""
+        options, path = self._options, self._out / OPTIONS_FILE
+        for name in ("corpus_path", "config"):
+            if (value := getattr(options, name)) is not None:
+                setattr(options, name, str(Path(value).absolute()))
+        if not options.resume:
+            return
+        try:
+            earlier = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise PhaseFailed(
+                EXIT_PREREQUISITES,
+                f"there is nothing to resume in {self._out} ({path.name}: {error}); leave out --resume",
+            ) from error
+        if options.corpus_path is not None or options.corpus_url is not None:
+            earlier = {name: value for name, value in earlier.items() if not name.startswith("corpus_")}
+        for name, value in earlier.items():
+            if getattr(options, name, None) is None:
+                setattr(options, name, value)
+
+    def _keep_options(self) -> None:
+        """For the next ``--resume``; only options that make a configuration come so far."""
+        kept = {name: value for name, value in vars(self._options).items() if name not in _NOT_KEPT}
+        given = {name: value for name, value in kept.items() if value is not None}
+        durable = importlib.import_module("accel_train.durable")
+        durable.write_atomic(self._out / OPTIONS_FILE, json.dumps(given, indent=1).encode() + b"\n")
 
     def _configuration(self) -> ExperimentConfig:
         """The example that fits, changed by the options."""
@@ -248,8 +259,7 @@ class _Pipeline:
         memory = importlib.import_module("accel_train.model.memory")
         vocabulary = config.text.vocab_size
         parameters = memory.parameters(config.model, vocabulary)
-        corpus = Path(config.text.corpus)
-        text = corpus.stat().st_size if corpus.is_file() else config.text.builtin_bytes
+        text = _size_of(config.text)
         # Weights and two moments in each checkpoint; the kept ones, the best, and one being written.
         needed = 12 * parameters * (config.checkpoint.keep_last + 2) + 2 * text + _SPARE_BYTES
         free = shutil.disk_usage(self._out).free
@@ -281,7 +291,7 @@ class _Pipeline:
             there = task.preparation.has_tokenizer(corpus, shared)
             self._require(self._options.skip_tokenizer, there, EXIT_TOKENIZER, "tokenizer", "--skip-tokenizer")
             tokenizer = task.preparation.build_tokenizer(corpus, shared, _say, should_stop)
-            task.preparation.build_tokens(corpus, tokenizer, shared, _say, should_stop)
+            task.open(str(task.preparation.build_tokens(corpus, tokenizer, shared, _say, should_stop)))
             self._tell_skipped(task, "tokenizer", "tokens")
         return task
 
@@ -304,16 +314,20 @@ class _Pipeline:
             # What is there but is no text cannot be tokenized, whenever that was noticed.
             chosen = EXIT_TOKENIZER if getattr(error.__cause__, "is_content", False) else code
             raise PhaseFailed(chosen, f"{_as_option(error.field)}: {error.value} {error.rule}") from error
-        except (OSError, MemoryError) as error:
-            raise PhaseFailed(code, f"{error or type(error).__name__}") from error
+        except PhaseFailed:
+            raise
+        except Exception as error:
+            if not isinstance(error, (OSError, MemoryError, *_errors_of_runs())):
+                raise
+            raise PhaseFailed(code, str(error) or type(error).__name__) from error
 
     # -- training and validation -----------------------------------------------------------
 
-    def _train(self, config: ExperimentConfig) -> None:
-        settings = importlib.import_module("accel_train.config")
-        run_dir = settings.run_directory(config)
-        with self._phase(3):
+    def _train(self, config: ExperimentConfig, task: TextTask) -> None:
+        run_dir = _run_dir(config)
+        with self._phase(3), self._failing(EXIT_TRAINING):
             if _record_of(run_dir).get("status") == "completed" and not self._options.fresh:
+                self._require_same_data(run_dir, task)
                 _say("skipped", f"{run_dir} is trained")
             code = self._train_here(config) if self._options.launcher is None else self._launch(config, run_dir)
             if code == EXIT_INTERRUPTED:
@@ -327,27 +341,36 @@ class _Pipeline:
                     "details, and the same command goes on from there",
                 )
 
+    @staticmethod
+    def _require_same_data(run_dir: Path, task: TextTask) -> None:
+        """Refuse a finished run whose corpus is another by now: its model knows nothing of it."""
+        manifest = importlib.import_module("accel_train.training.manifest")
+        found = manifest.list_checkpoints(run_dir / "checkpoints")
+        if found:
+            step, checkpoint = found[-1]
+            saved = importlib.import_module("accel_train.inference").saved_data(checkpoint)
+            manifest.require_data(saved, task.digests(), step, "train anew with --fresh")
+
     def _train_here(self, config: ExperimentConfig) -> int:
         settings = importlib.import_module("accel_train.config")
         experiment = importlib.import_module("accel_train.experiment")
         observers = {} if self._observer is None else {"observer": self._observer}
         earlier = settings.EarlierRun(fresh=self._options.fresh)
-        try:
-            code: int = experiment.run(config, earlier=earlier, command=list(sys.argv), **observers)
-        except (settings.ConfigError, importlib.import_module("accel_train.record").RecordError) as error:
-            raise PhaseFailed(EXIT_TRAINING, str(error)) from error
+        code: int = experiment.run(config, earlier=earlier, command=list(sys.argv), **observers)
         return code
 
     def _launch(self, config: ExperimentConfig, run_dir: Path) -> int:
         """Train in the processes that ``--launcher`` starts; the record says what came of it, launchers do not."""
         durable, rundir = (importlib.import_module(f"accel_train.{name}") for name in ("durable", "rundir"))
-        path = self._out / CONFIG_FILE
+        # A name of its own: pipelines with other options may share the output directory.
+        path = self._out / f"{run_dir.name}.yaml"
         durable.write_atomic(path, rundir.dump_config(config).encode())
         line = [*shlex.split(self._options.launcher), "-m", "accel_train.cli", "train", "--config", str(path)]
         line += ["--fresh"] if self._options.fresh else []
         _say("launch", shlex.join(line))
         if shutil.which(line[0]) is None:
             raise PhaseFailed(EXIT_TRAINING, f"there is no command {line[0]}; check --launcher")
+        before = _launch_of(_record_of(run_dir))
         stop, told = StopSignal(), False
         with stop.installed():
             process = subprocess.Popen(tied_to_this_process(line))
@@ -356,14 +379,17 @@ class _Pipeline:
                     process.terminate()
                     told = True
                 time.sleep(_POLL_SECONDS)
-        status = _record_of(run_dir).get("status")
-        if status == "completed":
+        after = _record_of(run_dir)
+        # What a launch before this one has left says nothing about this one.
+        is_new = _launch_of(after) != before
+        if after.get("status") == "completed" and (is_new or process.returncode == 0):
             return EXIT_SUCCESS
-        return EXIT_INTERRUPTED if stop.requested or status == "preempted" else EXIT_TRAINING
+        preempted = after.get("status") == "preempted" and is_new
+        return EXIT_INTERRUPTED if stop.requested or preempted else EXIT_TRAINING
 
     def _validate(self, config: ExperimentConfig, task: TextTask) -> int:
-        run_dir = importlib.import_module("accel_train.config").run_directory(config)
-        with self._phase(4):
+        run_dir = _run_dir(config)
+        with self._phase(4), self._failing(EXIT_VALIDATION):
             record = _record_of(run_dir)
             checkpoint = self._final_checkpoint(run_dir, record)
             gate = record["gate"]
@@ -372,8 +398,12 @@ class _Pipeline:
             else:
                 inference = importlib.import_module("accel_train.inference")
                 gate = inference.evaluate(run_dir)
-            self._write(METRICS_FILE, training_metrics(record, run_dir))
-            self._write(REPORT_FILE, {"run": str(run_dir), "checkpoint": checkpoint, **_report(gate)})
+            metrics = training_metrics(record, run_dir)
+            report = {"run": str(run_dir), "checkpoint": checkpoint, **_report(gate)}
+            # With the run, and for convenience where the user looks first: there it is the last run's.
+            for directory in (run_dir, self._out):
+                self._write(directory / METRICS_FILE, metrics)
+                self._write(directory / REPORT_FILE, report)
             _print_verdict(gate)
         self._summarise(run_dir, checkpoint["path"])
         if not gate["passed"]:
@@ -399,10 +429,11 @@ class _Pipeline:
         files = manifest.read_manifest(path)["files"]
         return {"path": str(path), "weights_sha256": files["model.safetensors"]["sha256"]}
 
-    def _write(self, name: str, values: Mapping[str, Any]) -> None:
+    @staticmethod
+    def _write(path: Path, values: Mapping[str, Any]) -> None:
         record = importlib.import_module("accel_train.record")
-        text = json.dumps(json.loads(record.strict_json(values, name)), indent=1, ensure_ascii=False)
-        importlib.import_module("accel_train.durable").write_atomic(self._out / name, text.encode() + b"\n")
+        text = json.dumps(json.loads(record.strict_json(values, path.name)), indent=1, ensure_ascii=False)
+        importlib.import_module("accel_train.durable").write_atomic(path, text.encode() + b"\n")
 
     def _summarise(self, run_dir: Path, checkpoint: str) -> None:
         print("\nartifacts", flush=True)
@@ -412,8 +443,8 @@ class _Pipeline:
             run_dir / "result.json",
             run_dir / "figures" / "training_curves.png",
             run_dir / "samples",
-            self._out / METRICS_FILE,
-            self._out / REPORT_FILE,
+            run_dir / METRICS_FILE,
+            run_dir / REPORT_FILE,
         ]
         for path in paths:
             if path.exists():
@@ -421,6 +452,16 @@ class _Pipeline:
                 size = sum(each.stat().st_size for each in files if each.is_file())
                 print(f"  {size / 1e3:>10,.1f} kB  {path}", flush=True)
         print(f'\ntry it: accel-train generate {run_dir} --prompt "The"', flush=True)
+
+
+def _size_of(text: TextConfig) -> int:
+    """About the bytes of the corpus, as far as they can be known before it is fetched."""
+    corpus = Path(text.corpus)
+    try:
+        files = [*corpus.glob("*.txt")] if corpus.is_dir() else [corpus]
+        return sum(file.stat().st_size for file in files)
+    except OSError:
+        return text.corpus_bytes or text.builtin_bytes
 
 
 def training_metrics(record: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
@@ -475,6 +516,31 @@ def _print_verdict(gate: Mapping[str, Any]) -> None:
 def _example(name: str) -> Path:
     """An example that comes with the package."""
     return Path(__file__).parent / "examples" / name
+
+
+def _run_dir(config: ExperimentConfig) -> Path:
+    """Where the run lives; the weights that it starts from are part of its name."""
+    settings = importlib.import_module("accel_train.config")
+    digest = None
+    if config.training.init_from is not None:
+        _, digest = importlib.import_module("accel_train.weights").resolve_init(config)
+    path: Path = settings.run_directory(config, digest)
+    return path
+
+
+def _errors_of_runs() -> tuple[type[Exception], ...]:
+    """What reading a run may raise; only once that was imported."""
+    names = (
+        ("accel_train.training.manifest", "CheckpointError"),
+        ("accel_train.record", "RecordError"),
+        ("accel_train.text.tokenizer", "TokenizerError"),
+    )
+    return tuple(getattr(sys.modules[module], name) for module, name in names if module in sys.modules)
+
+
+def _launch_of(record: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Which run, and which of its launches, a record tells of."""
+    return record.get("run_id"), record.get("provenance", {}).get("launches")
 
 
 def _record_of(run_dir: Path) -> dict[str, Any]:

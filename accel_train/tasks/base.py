@@ -50,7 +50,7 @@ class Trained:
     evaluation: dict[str, Any]
     """The last evaluation."""
     epoch_losses: list[float]
-    """Mean training loss of every whole epoch, and of the last one even when it was cut short."""
+    """Mean training loss of every whole epoch."""
 
 
 class Task(Protocol):

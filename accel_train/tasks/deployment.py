@@ -62,6 +62,8 @@ def measure_apart(checkpoint: Path, should_stop: Callable[[], bool], timeout: fl
     # No GPU and no launch: it is one process by itself, whatever this one is part of.
     ours = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     env = {name: value for name, value in os.environ.items() if name not in ours} | {"CUDA_VISIBLE_DEVICES": ""}
+    # This package may be found by where its script lies alone.
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [env.get("PYTHONPATH")])])
     line = [sys.executable, "-m", __name__, str(checkpoint)]
     # In a session of its own: a Ctrl-C is answered here.
     with subprocess.Popen(

@@ -7,6 +7,7 @@ in the course of training (samples, milliseconds, megabytes) is judged once, at 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections import Counter
@@ -194,7 +195,8 @@ class TextTask:
         seen = np.ones(self.vocab_size)
         _, targets = train.__getitems__(_spread(len(train), 4096))
         seen += np.bincount(targets.numpy().ravel(), minlength=self.vocab_size)
-        _, targets = val.__getitems__(_spread(len(self._held_out()), 1024))
+        held_out = self._held_out()
+        _, targets = val.__getitems__(held_out[_spread(len(held_out), 1024)])
         return float(-np.log(seen / seen.sum())[targets.numpy().ravel()].mean())
 
     def _nats_per_bit(self) -> float:
@@ -209,8 +211,8 @@ class TextTask:
             self._bytes_per_token = total / (len(ids) * self._context)
         return math.log(2) * self._bytes_per_token
 
-    def _criteria(self, *, final: bool, languages: Sequence[Language]) -> list[Criterion]:
-        """What is asked in the course of training, or at the end."""
+    def _criteria(self, *, final: bool, languages: Sequence[Language] = (), epochs: int = 2) -> list[Criterion]:
+        """What is asked in the course of training, or at the end of so many whole epochs."""
         gate = self.config.gate
         asked: list[tuple[str, Op, float | None]] = [
             ("val_loss", "<", gate.val_loss_threshold),
@@ -218,7 +220,7 @@ class TextTask:
         ]
         if final:
             asked += [
-                ("loss_rises", "<=", gate.loss_rises_threshold),
+                ("loss_rises", "<=", gate.loss_rises_threshold if epochs > 1 else None),
                 ("repetition", "<", gate.repetition_threshold),
                 ("latency_p95_ms", "<=", gate.latency_p95_ms_threshold),
                 ("rss_mb", "<=", gate.rss_mb_threshold),
@@ -243,7 +245,7 @@ class TextTask:
         samples = [self.sample(model, should_stop)]
         if not self.config.stop_on_pass:
             return Evaluation(None, metrics, samples)
-        return Evaluation(judge(self._criteria(final=False, languages=()), metrics), samples=samples)
+        return Evaluation(judge(self._criteria(final=False), metrics), samples=samples)
 
     def sample(self, model: nn.Module, should_stop: StopCheck = lambda: False) -> str:
         """The prompt and its continuation: the same random numbers every time."""
@@ -292,9 +294,8 @@ class TextTask:
         # Twelve characters are about as much as four subwords.
         run = 12 if self.config.text.tokenizer == "char" else 4
         metrics: dict[str, float | None] = dict(trained.evaluation.get("metrics", {}))
-        metrics["loss_rises"] = float(
-            sum(b > a for a, b in zip(trained.epoch_losses, trained.epoch_losses[1:], strict=False))
-        )
+        if len(trained.epoch_losses) > 1:
+            metrics["loss_rises"] = float(sum(b > a for a, b in itertools.pairwise(trained.epoch_losses)))
         metrics["repetition"] = max(repetition(each, run) for each in continuations)
         evidence: dict[str, Any] = {
             "weights_sha256": sha256_file(trained.checkpoint / "model.safetensors"),
@@ -317,7 +318,11 @@ class TextTask:
             metrics |= {"latency_p95_ms": None, "rss_mb": None}
             reasons.append(str(error))
         verdict: Verdict = judge(
-            self._criteria(final=True, languages=[language for language in LANGUAGES if language in found]),
+            self._criteria(
+                final=True,
+                languages=[language for language in LANGUAGES if language in found],
+                epochs=len(trained.epoch_losses),
+            ),
             metrics,
             evidence=evidence,
             too_thin=reasons,

@@ -54,23 +54,31 @@ class Corpus:
 
     paths: tuple[Path, ...]
     """Read in this order."""
-    sha256: str
-    """Digest (hex) of all bytes of all files; of several files, of their digests."""
+    digests: tuple[str, ...]
+    """SHA-256 (hex) of every file."""
     size: int
     """Bytes on disk."""
     strip_gutenberg: bool = False
     """Leave out what Project Gutenberg puts before and after its books."""
 
+    @property
+    def sha256(self) -> str:
+        """SHA-256 (hex) of the only file; of several, of their digests one after the other."""
+        return self.digests[0] if len(self.digests) == 1 else hashlib.sha256("".join(self.digests).encode()).hexdigest()
+
     def pieces(self, should_stop: StopCheck = lambda: False) -> Iterator[str]:
         """The text in pieces of at most :data:`PIECE_CHARACTERS`, with line feeds as its only line ends.
 
         Raises:
-            UnusableCorpus: a file changed since it was checked, into something that is no text.
+            UnusableCorpus: a file is not the one that was checked; told at its end at the latest.
             Interrupted: ``should_stop()`` turned true.
         """
-        for path in self.paths:
-            texts = _decoded(path, should_stop)
+        for path, expected in zip(self.paths, self.digests, strict=True):
+            digest = hashlib.sha256()
+            texts = _decoded(path, should_stop, digest.update)
             yield from _cut(_books(texts) if self.strip_gutenberg and _is_from_gutenberg(path, should_stop) else texts)
+            if digest.hexdigest() != expected:
+                raise UnusableCorpus(path, "was changed while it was read; let it be written to its end and try again")
 
 
 def find_files(place: str) -> tuple[Path, ...]:
@@ -126,8 +134,7 @@ def check_corpus(
             raise UnusableCorpus(path, f"{what} ({path.stat().st_size} bytes); name a file with text", is_content=True)
         digests.append(digest.hexdigest())
         size += path.stat().st_size
-    whole = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    return Corpus(tuple(paths), whole, size, strip_gutenberg)
+    return Corpus(tuple(paths), tuple(digests), size, strip_gutenberg)
 
 
 def _decoded(path: Path, should_stop: StopCheck, note: Callable[[bytes], None] = lambda _block: None) -> Iterator[str]:

@@ -94,7 +94,7 @@ def download(
     state, pause = _Progress(), first_pause
     for attempt in range(1, attempts + 1):
         try:
-            _attempt(url, path, state, timeout, should_stop, progress)
+            _attempt(url, path, state, size, timeout, should_stop, progress)
             break
         except _Again as reason:
             if attempt == attempts:
@@ -124,6 +124,7 @@ def _attempt(
     url: str,
     path: Path,
     state: _Progress,
+    size: int | None,
     timeout: float,
     should_stop: StopCheck,
     progress: Callable[[int, int | None], None],
@@ -133,7 +134,7 @@ def _attempt(
         headers |= {"Range": f"bytes={state.done}-", "If-Range": state.validator}
     try:
         with _opener().open(urllib.request.Request(url, headers=headers), timeout=timeout) as response:
-            _receive(url, response, path, state, should_stop, progress)
+            _receive(url, response, path, state, size, should_stop, progress)
     except urllib.error.HTTPError as error:
         error.close()
         reason = f"the server answers {error.code} {str(error.reason).splitlines()[0]}"
@@ -148,6 +149,8 @@ def _attempt(
         if isinstance(error.reason, str) and "unknown url type" in error.reason:
             raise DownloadError(url, f"leads to an address that is not http ({error.reason})") from error
         raise _Again(_named(error.reason, timeout)) from error
+    except (http.client.InvalidURL, ValueError) as error:
+        raise DownloadError(url, f"is no address ({error}); check it (text.corpus)") from error
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # the disk, not the network
@@ -165,6 +168,7 @@ def _receive(
     response: Any,
     path: Path,
     state: _Progress,
+    size: int | None,
     should_stop: StopCheck,
     progress: Callable[[int, int | None], None],
 ) -> None:
@@ -183,12 +187,16 @@ def _receive(
     free = shutil.disk_usage(path.parent).free
     if missing > free:
         raise DownloadError(url, f"has {missing / 1e6:.0f} MB, but {path.parent} has {free / 1e6:.0f} MB free")
+    most, why = (state.done + free, "all that is free") if size is None else (size, "text.corpus_bytes")
     with path.open("r+b" if resumed else "wb") as file:
         file.truncate(state.done)
         file.seek(state.done)
-        while block := response.read(_BLOCK_BYTES):
+        # What has arrived, however little: a server that drips must not keep a stop waiting.
+        while block := response.read1(_BLOCK_BYTES):
             if should_stop():
                 raise Interrupted
+            if state.done + len(block) > most:
+                raise DownloadError(url, f"sends more than {most} bytes ({why}); check address and size")
             try:
                 file.write(block)
             except OSError as error:

@@ -16,6 +16,7 @@ import numpy as np
 from accel_train.config import ConfigError, ExperimentConfig, canonical_json
 from accel_train.data.cache import cached
 from accel_train.data.windows import Ranges, split_corpus
+from accel_train.interrupt import Interrupted
 from accel_train.meter import Meter
 from accel_train.observer import SILENT, Observer
 from accel_train.text.builtin import BUILTIN, builtin_text
@@ -73,6 +74,10 @@ class Preparation:
         place = self.config.text.corpus
         if place != BUILTIN and not is_url(place):
             self._corpus = self._checked(lambda: find_files(place), say, should_stop)
+            wanted = self.config.text.corpus_sha256
+            if wanted is not None and wanted.lower() != self._corpus.sha256:
+                rule = f"is not the SHA-256 of {place}, which is {self._corpus.sha256}; check the corpus and the digest"
+                raise ConfigError("text.corpus_sha256", wanted, rule)
 
     def build(self, shared: Path, say: Say, should_stop: StopCheck) -> str:
         """Fetch or make the corpus, train the tokenizer, write the tokens; or verify and reuse them.
@@ -195,10 +200,17 @@ class Preparation:
         say("corpus", f"{self.config.text.corpus}: {_size(corpus.size)} of text, {built} as {_name(directory)}")
         return corpus
 
-    def _write_builtin(self, path: Path, _say: Say, _should_stop: StopCheck) -> None:
-        with path.open("w", encoding="utf-8", newline="\n") as file:
-            for piece in builtin_text(self.config.text.builtin_bytes, _BUILTIN_SEED):
+    def _write_builtin(self, path: Path, say: Say, should_stop: StopCheck) -> None:
+        size = self.config.text.builtin_bytes
+        with (
+            path.open("w", encoding="utf-8", newline="\n") as file,
+            Meter("corpus: text made", size, lambda line: say("corpus", line)) as meter,
+        ):
+            for piece in builtin_text(size, _BUILTIN_SEED):
+                if should_stop():
+                    raise Interrupted
                 file.write(piece)
+                meter(len(piece.encode()))
 
     def _fetch(self, path: Path, say: Say, should_stop: StopCheck) -> None:
         text = self.config.text

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,12 +133,12 @@ class TextTokenizer:
     def byte_lengths(self) -> npt.NDArray[np.int64]:
         """Bytes of UTF-8 that each id stands for, ``(vocab_size,)``; 0 for special tokens.
 
-        The unknown character counts as one byte, fewer than it had: bits per byte come out too high
-        rather than too low.
+        So the unknown character has none: what it cost to predict counts, what it stood for does not, and
+        bits per byte come out too high rather than too low.
         """
         lengths = np.ones(self.vocab_size, dtype=np.int64)
         if self._is_char:
-            lengths[0] = 0
+            lengths[list(self.special_ids)] = 0
             return lengths
         for token, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
             lengths[number] = len(token)  # each byte is written as one character
@@ -179,10 +179,7 @@ def train_tokenizer(kind: Kind, texts: Iterable[str], vocab_size: int) -> TextTo
     tokenizer = Tokenizer(models.BPE() if kind == "bpe" else models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    failure: list[BaseException] = []
-    tokenizer.train_from_iterator(_guarded(texts, failure.append), trainer=_trainer(kind, vocab_size))
-    if failure:
-        raise failure[0]
+    tokenizer.train_from_iterator(texts, trainer=_trainer(kind, vocab_size))
     content = tokenizer.to_str(pretty=False)
     trained = TextTokenizer(_repaired(content) if kind == "unigram" else content)
     if trained.vocab_size != vocab_size:
@@ -198,14 +195,6 @@ def _trainer(kind: Kind, vocab_size: int) -> BpeTrainer | UnigramTrainer:
         "show_progress": False,
     }
     return trainers.BpeTrainer(**common) if kind == "bpe" else trainers.UnigramTrainer(unk_token="<unk>", **common)
-
-
-def _guarded(texts: Iterable[str], failed: Callable[[BaseException], None]) -> Iterator[str]:
-    """``texts``; what they raise is kept, since the library would turn it into an exception of its own."""
-    try:
-        yield from texts
-    except BaseException as error:
-        failed(error)
 
 
 def _repaired(content: str) -> str:

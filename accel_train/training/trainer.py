@@ -35,7 +35,7 @@ from accel_train.training.diagnosis import NonFinite, first_bad_tensor
 from accel_train.training.hooks import Hooks
 from accel_train.training.ledger import Ledger
 from accel_train.training.losses import next_token_cross_entropy
-from accel_train.training.manifest import CheckpointError
+from accel_train.training.manifest import CheckpointError, require_data
 from accel_train.training.optimizer import build_optimizer
 from accel_train.training.plan import Plan
 from accel_train.training.preemption import StopSignal
@@ -275,13 +275,7 @@ class Trainer:
                     f"the checkpoint of step {state.step} was trained with {name} = {state.arithmetic.get(name)!r}, "
                     f"this launch has {value!r}; launch it as before, or start over with --fresh"
                 )
-        for name, digest in self._data_digests.items():
-            if state.data.get(name) != digest:
-                raise CheckpointError(
-                    f"the checkpoint of step {state.step} was trained on the {name} with SHA-256 "
-                    f"{state.data.get(name)}, this launch has the {name} with SHA-256 {digest}; put the former back, "
-                    "or start over with --fresh"
-                )
+        require_data(state.data, self._data_digests, state.step, "start over with --fresh")
         changes = {k: [state.machine.get(k), v] for k, v in here.items() if state.machine.get(k) != v}
         for name, (before, now) in changes.items():
             log.warning("resuming with %s = %r instead of %r: the bits may differ", name, now, before)

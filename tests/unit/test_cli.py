@@ -416,7 +416,8 @@ def test_an_option_for_text_is_refused_for_walks(inference, capsys):
     ("option", "value", "says"),
     [
         ("--top-k", "0", "'0' is not a positive whole number"),
-        ("--top-p", "1.5", "'1.5' is not a number from 0 to 1"),
+        ("--top-p", "1.5", "'1.5' is not a number above 0 to 1"),
+        ("--top-p", "0", "'0' is not a number above 0 to 1"),
         ("--temperature", "-1", "'-1' is not a number at least 0"),
         ("--temperature", "hot", "'hot' is not a number at least 0"),
     ],

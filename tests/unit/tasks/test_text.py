@@ -304,11 +304,18 @@ def test_a_model_that_is_stuck_does_not_pass(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("deployed")
-@pytest.mark.parametrize(("losses", "rises"), [([5, 4, 3], 0), ([5, 4, 4.5, 3, 3.1], 2), ([5], 0)])
+@pytest.mark.parametrize(("losses", "rises"), [([5, 4, 3], 0), ([5, 4, 4.5, 3, 3.1], 2)])
 def test_epochs_in_which_the_loss_rose_are_counted(tmp_path: Path, losses: list[float], rises: int) -> None:
     task = opened(tmp_path)
     verdict = task.conclude(trained(task, tmp_path, epoch_losses=losses), never).verdict
     assert verdict.metrics["loss_rises"] == rises
+
+
+@pytest.mark.usefixtures("deployed")
+def test_one_epoch_says_nothing_of_rises_and_is_not_asked(tmp_path: Path) -> None:
+    task = opened(tmp_path)
+    verdict = task.conclude(trained(task, tmp_path, epoch_losses=[5.0]), never).verdict
+    assert "loss_rises" not in [row["metric"] for row in verdict.criteria]
 
 
 @pytest.mark.usefixtures("deployed")

@@ -140,7 +140,7 @@ def test_other_data_than_the_checkpoint_saw_is_refused_naming_both(tiny_model, t
     with pytest.raises(CheckpointError) as caught:
         make(2, "c" * 64).fit()
     assert f"the tokens with SHA-256 {'b' * 64}" in str(caught.value)
-    assert f"the tokens with SHA-256 {'c' * 64}" in str(caught.value)
+    assert f"here is the tokens with SHA-256 {'c' * 64}" in str(caught.value)
     assert make(2, "b" * 64).fit().step == 10
 
 
