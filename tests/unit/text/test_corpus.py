@@ -140,6 +140,14 @@ def test_reading_can_be_stopped(tmp_path: Path) -> None:
         list(pieces)
 
 
+def test_a_file_that_changes_after_it_was_checked_is_noticed(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", b"some words")
+    corpus = checked(path)
+    path.write_bytes(b"other text")
+    with pytest.raises(UnusableCorpus, match="was changed while it was read"):
+        list(corpus.pieces())
+
+
 def test_every_byte_is_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "é".encode() * 1000)
     counts: list[int] = []

@@ -116,6 +116,46 @@ def test_a_stop_is_answered_in_the_middle_and_in_a_pause(tmp_path: Path) -> None
     assert time.monotonic() - began < 5
 
 
+def test_a_server_that_drips_does_not_keep_a_stop_waiting(tmp_path: Path) -> None:
+    def drips(request: Request) -> None:
+        request.send_response(200)
+        request.send_header("Content-Length", "1000")
+        request.end_headers()
+        while not request.server.released.wait(0.05):
+            request.wfile.write(b"x")
+            request.wfile.flush()
+
+    asked = []
+
+    def should_stop() -> bool:
+        asked.append(time.monotonic())
+        return len(asked) > 3
+
+    with Web(drips) as web, pytest.raises(Interrupted):
+        fetch(web, tmp_path / "a", should_stop=should_stop)
+    assert asked[-1] - asked[0] < 5
+
+
+def test_a_server_that_sends_more_than_was_expected_is_cut_off(tmp_path: Path) -> None:
+    def endless(request: Request) -> None:
+        request.send_response(200)
+        request.end_headers()
+        while not request.server.released.is_set():
+            request.wfile.write(CONTENT)
+
+    with Web(endless) as web, pytest.raises(DownloadError, match="sends more than 3000000 bytes"):
+        fetch(web, tmp_path / "a", size=3_000_000)
+    assert (tmp_path / "a").stat().st_size <= 3_000_000
+
+
+@pytest.mark.parametrize("url", ["http://h/España.txt", "http://[::1/a", "http://h:x/", "http://h/a b"])
+def test_what_is_no_address_is_not_tried_again(tmp_path: Path, url: str) -> None:
+    said: list[str] = []
+    with pytest.raises(DownloadError, match="is no address"):
+        download(url, tmp_path / "a", on_retry=said.append)
+    assert said == []
+
+
 def test_addresses_are_told_from_paths() -> None:
     assert is_url("https://example.org/a.txt")
     assert is_url("HTTP://example.org")
