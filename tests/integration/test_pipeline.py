@@ -19,6 +19,7 @@ import pytest
 from harness import ACCELERATE, ROOT, Shown, checkpoints, environment, metrics, record, run_dir, wait_for
 from texts import PIPELINE, pipeline, tiny_text
 
+from accel_train.durable import sha256_file
 from accel_train.pipeline import pipeline_main
 from accel_train.record import load_schema
 
@@ -178,6 +179,67 @@ def test_a_finished_run_is_judged_again_with_the_same_figures(finished: tuple[Pa
     assert again["metrics"]["repetition"] == pytest.approx(scalars["repetition"])
 
 
+def test_a_corpus_that_was_changed_since_is_not_taken_for_the_one_that_was_learned(tmp_path: Path) -> None:
+    corpus, out = tmp_path / "mine.txt", tmp_path / "out"
+    corpus.write_bytes(SPANISH)
+    config = tiny_text(tmp_path, {"training": {"max_epochs": 1}, "gate": {"val_loss_threshold": None}})
+    options = ["--config", config, "--output-dir", out, "--corpus-path", corpus, "--vocab-size", 300]
+    assert pipeline(*options).code == 0
+    before = checkpoints(out)[-1] / "state.json"
+    corpus.write_bytes(SPANISH + b"Y colorado.\n")
+    shown = pipeline(*options)
+    assert shown.code == 4, shown.out
+    learned = json.loads(before.read_text())["data"]["corpus"]
+    assert f"trained on the corpus with SHA-256 {learned}, here is the corpus with SHA-256 " in complaint(shown)
+    assert sha256_file(corpus) in complaint(shown)
+    evaluated = subprocess.run(
+        [sys.executable, "-m", "accel_train.cli", "evaluate", str(run_dir(out))],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert evaluated.returncode == 1
+    assert learned in evaluated.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ([], {"corpus_path": "{here}/a.txt", "seed": 7, "epochs": 2}),
+        (["--seed", "0"], {"corpus_path": "{here}/a.txt", "seed": 0, "epochs": 2}),
+        (["--corpus-path", "b.txt"], {"corpus_path": "{here}/b.txt", "seed": 7, "epochs": 2}),
+        (["--corpus-url", "http://127.0.0.1:9/c"], {"corpus_url": "http://127.0.0.1:9/c", "seed": 7, "epochs": 2}),
+    ],
+)
+def test_resume_takes_what_is_not_given_anew(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    given: list[str],
+    kept: dict[str, Any],
+) -> None:
+    """All end in phase 2, for want of a corpus."""
+    monkeypatch.chdir(tmp_path)
+    assert here_pipeline(capsys, "--output-dir", "out", "--corpus-path", "a.txt", "--seed", 7, "--epochs", 2).code == 2
+    assert here_pipeline(capsys, "--output-dir", "out", "--epochs", -1, "--resume").code == 1, "and stores nothing"
+    config = tiny_text(tmp_path, {"text": {"download_attempts": 1}})
+    assert here_pipeline(capsys, "--output-dir", "out", "--resume", "--config", config, *given).code == 2
+    expected = {
+        name: str(value).format(here=tmp_path) if name == "corpus_path" else value for name, value in kept.items()
+    }
+    assert json.loads((tmp_path / "out" / "pipeline.json").read_text()) == {**expected, "config": str(config)}
+
+
+def test_it_works_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an installed package: the model is used by another process, which has to find it too."""
+    monkeypatch.chdir(tmp_path)
+    config = tiny_text(tmp_path, {"training": {"max_epochs": 1}, "gate": {"val_loss_threshold": None}})
+    shown = pipeline("--config", config.name, "--output-dir", "out", PYTHONPATH=None)
+    assert shown.code == 0, shown.out + shown.err
+    assert "passed     rss_mb" in shown.out
+
+
 # -- 1: prerequisites ----------------------------------------------------------------------
 
 
@@ -332,7 +394,12 @@ def test_a_fetched_corpus_is_kept_and_the_server_not_asked_again(tmp_path: Path,
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--corpus-path", "missing.txt"], "--corpus-path/--corpus-url: missing.txt does not exist"),
+        (["--corpus-path", "/no/missing.txt"], "--corpus-path/--corpus-url: /no/missing.txt does not exist"),
+        (["--corpus-url", "http://127.0.0.1:9/España.txt"], "is no address"),
+        (["--corpus-url", "http://[::1/a"], "is no address"),
+        (["--corpus-url", "http://127.0.0.1:x/a"], "is no address"),
+        (["--corpus-path", "x" * 5000], "File name too long"),
+        (["--corpus-path", str(ROOT / "README.md"), "--corpus-sha256", "0" * 64], "is not the SHA-256 of"),
         (
             ["--corpus-url", "http://127.0.0.1:9/a", "--skip-corpus"],
             "there is no corpus to go on with; leave out --skip",
