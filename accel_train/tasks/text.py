@@ -123,9 +123,10 @@ class TextTask:
     def validation(self) -> dict[str, Any]:
         """``val``: the held-out windows; ``probe``: training windows, to compare with in the same mode."""
         train, val = self._windows
+        held_out = self._held_out()
         return {
-            "val": Subset(val, self._held_out().tolist()),
-            "probe": Subset(train, _spread(len(train), _PROBE_WINDOWS).tolist()),
+            "val": Subset(val, held_out.tolist()),
+            "probe": Subset(train, _spread(len(train), min(_PROBE_WINDOWS, len(held_out))).tolist()),
         }
 
     def digests(self) -> dict[str, str]:

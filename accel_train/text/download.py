@@ -110,7 +110,7 @@ def download(
 def _accept(url: str, path: Path, sha256: str | None, size: int | None) -> str:
     found = path.stat().st_size
     if size is not None and found != size:
-        raise DownloadError(url, f"has {found} bytes, {size} were expected (text.corpus_bytes); check address and size")
+        raise DownloadError(url, _not_expected(found, size))
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 is not None and digest != sha256.lower():
@@ -118,6 +118,10 @@ def _accept(url: str, path: Path, sha256: str | None, size: int | None) -> str:
             url, f"has SHA-256 {digest}, {sha256.lower()} was expected (text.corpus_sha256); check address and digest"
         )
     return digest
+
+
+def _not_expected(found: int | None, size: int) -> str:
+    return f"has {found} bytes, {size} were expected (text.corpus_bytes); check address and size"
 
 
 def _attempt(
@@ -183,6 +187,8 @@ def _receive(
         state.validator = response.headers.get("ETag") or response.headers.get("Last-Modified")
         if state.validator is not None and state.validator.startswith("W/"):
             state.validator = None  # says that it means the same, not that it has the same bytes
+    if size is not None and state.total not in {None, size}:
+        raise DownloadError(url, _not_expected(state.total, size))
     missing = (state.total or 0) - state.done
     free = shutil.disk_usage(path.parent).free
     if missing > free:
