@@ -6,6 +6,7 @@ and nothing is copied before it is asked for.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
@@ -16,7 +17,35 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 
-class WalkDataset(Dataset[tuple[Tensor, Tensor]]):
+class _Samples(Dataset[tuple[Tensor, Tensor]]):
+    """Samples that are gathered a batch at a time."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """One sample: inputs and targets, int64 ``(context_length,)`` each."""
+        inputs, targets = self.__getitems__([index])
+        return inputs[0], targets[0]
+
+    def __getitems__(self, ids: npt.NDArray[np.integer[Any]] | Sequence[int]) -> tuple[Tensor, Tensor]:
+        """A batch, already collated.
+
+        Args:
+            ids: sample ids ``(batch,)``.
+
+        Returns:
+            Inputs and targets, int64 ``(batch, context_length)`` each: two views of one tensor.
+
+        Raises:
+            IndexError: an id is out of range.
+        """
+        tokens = torch.from_numpy(self._gather(np.asarray(ids, dtype=np.int64)))
+        return tokens[:, :-1], tokens[:, 1:]
+
+    @abstractmethod
+    def _gather(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The tokens of a batch, ``(batch, context_length + 1)``."""
+
+
+class WalkDataset(_Samples):
     """Walks cut into non-overlapping chunks of ``context_length + 1`` tokens.
 
     A walk of ``L`` tokens gives ``L // (context_length + 1)`` samples; the rest of it is not
@@ -45,26 +74,10 @@ class WalkDataset(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self._chunks) * self.chunks_per_walk
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """One sample: inputs and targets, int64 ``(context_length,)`` each."""
-        inputs, targets = self.__getitems__([index])
-        return inputs[0], targets[0]
-
-    def __getitems__(self, ids: npt.NDArray[np.integer[Any]] | Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A batch, already collated.
-
-        Args:
-            ids: sample ids ``(batch,)``.
-
-        Returns:
-            Inputs and targets, int64 ``(batch, context_length)`` each: two views of one tensor.
-
-        Raises:
-            IndexError: an id is out of range.
-        """
-        walk, chunk = np.divmod(np.asarray(ids, dtype=np.int64), self.chunks_per_walk)
-        tokens = torch.from_numpy(self._chunks[walk, chunk].astype(np.int64))
-        return tokens[:, :-1], tokens[:, 1:]
+    def _gather(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        walk, chunk = np.divmod(ids, self.chunks_per_walk)
+        tokens: npt.NDArray[np.int64] = self._chunks[walk, chunk].astype(np.int64)
+        return tokens
 
 
 Ranges = npt.NDArray[np.int64]
@@ -136,7 +149,7 @@ class _InMemory:
         return gathered
 
 
-class WindowDataset(Dataset[tuple[Tensor, Tensor]]):
+class WindowDataset(_Samples):
     """Windows of a stream of tokens: the input, and the target shifted by one.
 
     Inputs do not overlap unless ``stride`` says so; the last target of a window is the first input of
@@ -179,27 +192,9 @@ class WindowDataset(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return int(self._first[-1])
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """One sample: inputs and targets, int64 ``(context_length,)`` each."""
-        inputs, targets = self.__getitems__([index])
-        return inputs[0], targets[0]
-
-    def __getitems__(self, ids: npt.NDArray[np.integer[Any]] | Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A batch, already collated.
-
-        Args:
-            ids: sample ids ``(batch,)``.
-
-        Returns:
-            Inputs and targets, int64 ``(batch, context_length)`` each: two views of one tensor.
-
-        Raises:
-            IndexError: an id is out of range.
-        """
-        wanted = np.asarray(ids, dtype=np.int64)
-        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
-            raise IndexError(f"sample ids must lie in [0, {len(self)}), not [{wanted.min()}, {wanted.max()}]")
-        place = np.searchsorted(self._first, wanted, side="right") - 1
-        starts = self._starts[place] + (wanted - self._first[place]) * self.stride
-        tokens = torch.from_numpy(self._tokens.windows(starts, self.context_length + 1))
-        return tokens[:, :-1], tokens[:, 1:]
+    def _gather(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
+            raise IndexError(f"sample ids must lie in [0, {len(self)}), not [{ids.min()}, {ids.max()}]")
+        place = np.searchsorted(self._first, ids, side="right") - 1
+        starts = self._starts[place] + (ids - self._first[place]) * self.stride
+        return self._tokens.windows(starts, self.context_length + 1)

@@ -474,15 +474,10 @@ def test_training_without_enough_memory(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_in_training_and_the_same_command_goes_on(
-    finished: tuple[Path, Path, Shown], tmp_path: Path, number: int
-) -> None:
-    config, reference, _ = finished
-    out = tmp_path / "out"
-    line = [str(PIPELINE), "--config", str(config), "--output-dir", str(out)]
+def signalled_in_training(out: Path, number: int, *options: object) -> str:
+    """Send ``number`` to the pipeline and all its processes once there is a checkpoint; returns the output."""
     process = subprocess.Popen(
-        line,
+        [str(PIPELINE), *map(str, options)],
         env=environment(PYTHON=sys.executable),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -493,7 +488,17 @@ def test_a_signal_in_training_and_the_same_command_goes_on(
     os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
-    assert record(out)["status"] == "preempted"
+    return output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_training_and_the_same_command_goes_on(
+    finished: tuple[Path, Path, Shown], tmp_path: Path, number: int
+) -> None:
+    config, reference, _ = finished
+    out = tmp_path / "out"
+    output = signalled_in_training(out, number, "--config", config, "--output-dir", out)
+    assert record(out)["status"] == "preempted", output
     again = pipeline("--config", config, "--output-dir", out)
     assert again.code == 0, again.out + again.err
     final = checkpoints(out)[-1] / "model.safetensors"
@@ -504,21 +509,10 @@ def test_a_signal_in_training_and_the_same_command_goes_on(
 def test_training_on_two_processes_is_preempted_and_goes_on(tmp_path: Path) -> None:
     config, out = tiny_text(tmp_path), tmp_path / "out"
     launcher = shlex.join([*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"])
-    line = [str(PIPELINE), "--config", str(config), "--output-dir", str(out), "--launcher", launcher]
-    process = subprocess.Popen(
-        line,
-        env=environment(PYTHON=sys.executable),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    wait_for(lambda: list(out.glob("*/checkpoints/step_*")), "the first checkpoint")
-    process.terminate()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, output
-    assert record(out)["status"] == "preempted"
-    again = pipeline(*line[1:])
+    options = ["--config", config, "--output-dir", out, "--launcher", launcher]
+    output = signalled_in_training(out, signal.SIGTERM, *options)
+    assert record(out)["status"] == "preempted", output
+    again = pipeline(*options)
     assert again.code == 0, again.out + again.err
     assert record(out)["provenance"]["world_sizes"] == [2, 2]
 
