@@ -1,4 +1,4 @@
-"""The command line: ``accel-train train | runs | evaluate | generate``.
+"""The command line: ``accel-train train | pipeline | runs | checkpoints | evaluate | generate``.
 
 Names, types and help of the options of ``train`` are read from the configuration dataclasses.
 Torch and everything above it are imported when a command needs them, so help, errors and
@@ -14,6 +14,7 @@ import gc
 import importlib
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -31,6 +32,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 
 from accel_train.config import ConfigError, EarlierRun, ExperimentConfig
 from accel_train.observer import SILENT, Observer
+from accel_train.pipeline import pipeline_main
 from accel_train.record import (
     STATUS_CODES,
     RecordError,
@@ -41,6 +43,7 @@ from accel_train.record import (
 )
 from accel_train.training.preemption import ask_for_sigterm_when_launcher_dies, leaving_on_stop_signals
 
+_TEXT_OPTIONS = ("prompt", "max_tokens", "temperature", "top_k", "top_p", "seed")
 EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
 LAST_WORDS_SECONDS = 10.0
 
@@ -53,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["train"]:
         return train_main(arguments[1:], command=["accel-train", *arguments])
+    if arguments[:1] == ["pipeline"]:
+        return pipeline_main(arguments[1:])
     return _guarded(lambda: _dispatch(_commands().parse_args(arguments)))
 
 
@@ -317,6 +322,8 @@ def _commands() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="train or resume an experiment", add_help=False)
 
+    commands.add_parser("pipeline", help="from a corpus to a validated model", add_help=False)
+
     runs = commands.add_parser("runs", help="list runs, or print the status of one")
     runs.add_argument("results", nargs="?", default=ExperimentConfig.output_dir, type=Path, help="results directory")
     runs.add_argument("--passed", action="store_true", help="only runs that are completed and passed their gate")
@@ -335,9 +342,16 @@ def _commands() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="judge the newest checkpoint of a run by its gate; prints JSON")
     evaluate.add_argument("run", type=Path, help="run directory")
 
-    generate = commands.add_parser("generate", help="print sequences made by the newest checkpoint of a run")
+    generate = commands.add_parser("generate", help="print what the newest checkpoint of a run writes")
     generate.add_argument("run", type=Path, help="run directory")
-    generate.add_argument("--num", type=_positive, default=5, help="number of sequences (default: 5)")
+    generate.add_argument("--num", type=_positive, help="number of sequences (default: walks 5, text 1)")
+    text = generate.add_argument_group("runs of the text task")
+    text.add_argument("--prompt", help="text to continue (default: the run's text.prompt)")
+    text.add_argument("--max-tokens", type=_positive, help="tokens to write (default: 200)")
+    text.add_argument("--temperature", type=_number(0), help="0 takes the most likely token (default: the run's)")
+    text.add_argument("--top-k", type=_positive, help="sample from the so many most likely tokens")
+    text.add_argument("--top-p", type=_number(0, 1, above=True), help="sample from the fewest tokens this likely")
+    text.add_argument("--seed", type=int, help="seed of the samples (default: 0)")
     return parser
 
 
@@ -347,23 +361,52 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _number(least: float, most: float | None = None, *, above: bool = False) -> Callable[[str], float]:
+    """A type of argparse: numbers from ``least`` (or ``above`` it) to ``most``."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= (math.inf if most is None else most) or (above and value == least):
+            wanted = f"at least {least:g}" if most is None else f"{'above' if above else 'from'} {least:g} to {most:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {wanted}")
+        return value
+
+    return read
+
+
 def _dispatch(arguments: argparse.Namespace) -> int:
     if arguments.command == "runs":
         return _runs(arguments)
     if arguments.command == "checkpoints":
         return _checkpoints(arguments)
-    experiment = importlib.import_module("accel_train.experiment")
+    inference = importlib.import_module("accel_train.inference")
     try:
         if arguments.command == "evaluate":
-            print(strict_json(experiment.evaluate(arguments.run)))
+            print(strict_json(inference.evaluate(arguments.run)))
         else:
-            for sequence in experiment.generate_samples(arguments.run, arguments.num):
-                print(*sequence)
+            _generate(arguments, inference)
     except BrokenPipeError:
         raise
-    except (experiment.CheckpointError, experiment.CorpusError, OSError) as error:
+    except (inference.CheckpointError, inference.CorpusError, inference.TokenizerError, OSError) as error:
         return _complain(str(error), EXIT_FAILED)
     return 0
+
+
+def _generate(arguments: argparse.Namespace, inference: types.ModuleType) -> None:
+    options = {name: value for name in _TEXT_OPTIONS if (value := getattr(arguments, name)) is not None}
+    if inference.task_of(arguments.run) == "text":
+        chosen = options if arguments.num is None else {"num": arguments.num, **options}
+        pieces = inference.generate_text(arguments.run, inference.TextOptions(**chosen))
+    else:
+        for name, value in options.items():
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(option, value, "is for runs of the text task; this one walks")
+        pieces = inference.generate_walks(arguments.run, arguments.num or 5)
+    for piece in pieces:
+        print(piece, end="", flush=True)
 
 
 def _runs(arguments: argparse.Namespace) -> int:
@@ -403,7 +446,7 @@ def _checkpoints(arguments: argparse.Namespace) -> int:
 
 
 def _table(runs: Sequence[RunSummary]) -> list[str]:
-    rows = [("ID", "STATUS", "EPOCHS", "GATE", "EDGE", "RULE", "AGE")]
+    rows = [("ID", "STATUS", "EPOCHS", "GATE", "EDGE", "RULE", "LOSS", "AGE")]
     rows += [
         (
             run.id,
@@ -412,6 +455,7 @@ def _table(runs: Sequence[RunSummary]) -> list[str]:
             "passed" if run.gate_passed else "-",
             _figure(run.edge_compliance),
             _figure(run.rule_compliance),
+            _figure(run.val_loss),
             _age(run.created_at),
         )
         for run in runs

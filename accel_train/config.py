@@ -5,7 +5,7 @@ is derived from these classes. The module imports neither torch nor numpy, so re
 refusing a configuration costs milliseconds.
 
 A field whose metadata says ``result: False`` cannot change the trained bits (paths, logging,
-timeouts) and is left out of :func:`config_hash`.
+timeouts) and is left out of :func:`config_hash`; so is what only another task reads.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ def _neutral(default: Any = MISSING, **kwargs: Any) -> Any:
     if default is not MISSING:
         kwargs["default"] = default
     return field(metadata={"result": False}, **kwargs)
+
+
+def _only_of(task: str, default: Any) -> Any:
+    """A dataclass field that only one task reads."""
+    return field(default=default, metadata={"task": task})
 
 
 def _check(ok: bool, name: str, value: object, rule: str) -> None:
@@ -140,25 +145,78 @@ class WalksConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text corpus and its tokenizer."""
+    """The text corpus, its tokenizer, and how the model is tried on it."""
 
     corpus: str = "builtin"
-    """Path or URL of the corpus, or `builtin`."""
+    """Path of a text file or a directory of *.txt files, http(s) URL, or `builtin` (a generated bilingual corpus)."""
+    corpus_sha256: str | None = None
+    """SHA-256 (hex) that the corpus must have; null: not checked."""
+    corpus_bytes: int | None = None
+    """Size that a downloaded corpus must have; null: not checked."""
+    builtin_bytes: int = 500_000
+    """Size of the built-in corpus."""
+    strip_gutenberg: bool = False
+    """Leave out what Project Gutenberg puts before and after its books."""
     tokenizer: Literal["char", "bpe", "unigram"] = "bpe"
     """Kind of tokenizer."""
     vocab_size: int = 8000
-    """Vocabulary size of a trained tokenizer."""
+    """Vocabulary size of a trained tokenizer; characters have a fixed one."""
     val_fraction: float | None = None
     """Part held out for validation; null: 0.05 for characters, 0.1 for subwords."""
     split: Literal["tail", "blocks"] | None = None
     """How the held-out part is cut; null: tail for characters, blocks for subwords."""
-    prompt: str = "The "
-    """Prompt of the samples."""
+    stride: int | None = None
+    """Tokens from one training window to the next; null: model.max_seq_len, so that windows do not overlap."""
+    val_batches: int | None = None
+    """Validate on so many batches, spread evenly; null: on the whole held-out part."""
+    prompt: str = "The"
+    """Prompt of the sample that every evaluation writes."""
+    sample_tokens: int = 100
+    """Length of the sample."""
+    temperature: float = 1.0
+    """Temperature of the sample; 0 takes the most likely token."""
+    top_k: int | None = None
+    """Sample from the so many most likely tokens; null: from all."""
+    top_p: float | None = None
+    """Sample from the fewest tokens whose probabilities add up to this; null: from all."""
+    download_timeout: float = _neutral(30.0)
+    """Seconds that a server may be silent."""
+    download_attempts: int = _neutral(5)
+    """Connections tried before a download is given up."""
 
     def __post_init__(self) -> None:
-        _check(self.vocab_size >= 8, "text.vocab_size", self.vocab_size, "must be at least 8")
+        _check(bool(self.corpus.strip()), "text.corpus", self.corpus, "must name a file, a URL, or 'builtin'")
+        digest = self.corpus_sha256
+        plain = digest is None or re.fullmatch(r"[0-9a-fA-F]{64}", digest) is not None
+        _check(plain, "text.corpus_sha256", digest, "must be 64 hexadecimal digits")
+        if self.tokenizer != "char":
+            # Special tokens and the 256 bytes come first.
+            _check(self.vocab_size > 260, "text.vocab_size", self.vocab_size, "must be more than 260 (all bytes)")
+            _check(self.vocab_size <= 2**20, "text.vocab_size", self.vocab_size, "must be at most 1048576")
         if self.val_fraction is not None:
             _check(0 < self.val_fraction < 1, "text.val_fraction", self.val_fraction, "must lie in (0, 1)")
+        for name in ("corpus_bytes", "builtin_bytes", "stride", "val_batches", "sample_tokens", "top_k"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, f"text.{name}", value, "must be at least 1")
+        _check(bool(self.prompt), "text.prompt", self.prompt, "must not be empty")
+        _check(self.temperature >= 0, "text.temperature", self.temperature, "must not be negative")
+        _check(self.top_p is None or 0 < self.top_p <= 1, "text.top_p", self.top_p, "must lie in (0, 1]")
+        _check(self.download_timeout > 0, "text.download_timeout", self.download_timeout, "must be positive")
+        _check(self.download_attempts >= 1, "text.download_attempts", self.download_attempts, "must be at least 1")
+
+    @property
+    def held_out_fraction(self) -> float:
+        """``val_fraction`` with its default resolved."""
+        if self.val_fraction is not None:
+            return self.val_fraction
+        return 0.05 if self.tokenizer == "char" else 0.1
+
+    @property
+    def split_by(self) -> Literal["tail", "blocks"]:
+        """``split`` with its default resolved."""
+        if self.split is not None:
+            return self.split
+        return "tail" if self.tokenizer == "char" else "blocks"
 
 
 @dataclass(frozen=True)
@@ -177,6 +235,8 @@ class ModelConfig:
     """Context length in tokens."""
     dropout: float = 0.0
     """Dropout probability on embeddings, attention weights and residual branches."""
+    attention_dropout: float | None = None
+    """Another one for attention weights; null: as dropout. 0 keeps attention's fused kernel, on CPU a fifth faster."""
     positions: Literal["learned", "rotary"] = "learned"
     """Position encoding; only learned positions can be exported as GPT-2."""
     tie_embeddings: bool = False
@@ -193,7 +253,9 @@ class ModelConfig:
             f"does not divide model.d_model = {self.d_model}; choose a divisor",
         )
         _check(self.d_ff is None or self.d_ff >= 1, "model.d_ff", self.d_ff, "must be at least 1")
-        _check(0.0 <= self.dropout < 1.0, "model.dropout", self.dropout, "must lie in [0, 1)")
+        for name in ("dropout", "attention_dropout"):
+            value = getattr(self, name)
+            _check(value is None or 0.0 <= value < 1.0, f"model.{name}", value, "must lie in [0, 1)")
         if self.positions == "rotary":
             even = (self.d_model // self.n_heads) % 2 == 0
             _check(even, "model.n_heads", self.n_heads, "gives heads of odd width; rotary positions need even ones")
@@ -298,24 +360,38 @@ class TrainingConfig:
 class GateConfig:
     """The sufficiency gate: generate, score against ground truth, stop when the model behaves."""
 
-    num_sequences: int = 1000
+    num_sequences: int = _only_of("walks", 1000)
     """Held-out sequences that the model continues."""
-    prompt_length: int = 8
+    prompt_length: int = _only_of("walks", 8)
     """Tokens of each held-out sequence given as the prompt."""
-    edge_threshold: float = 0.95
+    edge_threshold: float = _only_of("walks", 0.95)
     """Greedy edge compliance must exceed this."""
-    rule_threshold: float = 0.80
+    rule_threshold: float = _only_of("walks", 0.80)
     """Greedy rule compliance must exceed this."""
-    sampled_rule_threshold: float | None = None
+    sampled_rule_threshold: float | None = _only_of("walks", None)
     """Rule compliance under sampling at temperature 1 must exceed this; null: reported only."""
-    rule_lift_threshold: float | None = None
+    rule_lift_threshold: float | None = _only_of("walks", None)
     """Greedy rule compliance must exceed a rule-blind walk's by more than this; null: reported only."""
-    min_rule_checks: int = 100
+    min_rule_checks: int = _only_of("walks", 100)
     """Fewer rule checks than this fail the gate as thin evidence."""
     stop_on_pass: bool | None = None
     """End training when the gate passes; null: true for walks, false for text."""
-    unscorable_rules: Literal["exclude", "error"] = "exclude"
+    unscorable_rules: Literal["exclude", "error"] = _only_of("walks", "exclude")
     """What to do with rules whose jump is longer than the context."""
+    val_loss_threshold: float | None = _only_of("text", 5.0)
+    """Validation loss (nats per token) must be below this; null: reported only, as for all that follow."""
+    overfit_gap_threshold: float | None = _only_of("text", 0.5)
+    """Validation loss less training loss, both measured on the final model, must be below this."""
+    repetition_threshold: float | None = _only_of("text", 0.5)
+    """No sample may repeat its own runs of four tokens more often than this."""
+    language_threshold: float | None = _only_of("text", 0.7)
+    """Share of samples that go on in the language of their prompt; judged when the corpus holds English and Spanish."""
+    loss_rises_threshold: int | None = _only_of("text", 0)
+    """The mean training loss may rise from one epoch to the next so many times."""
+    latency_p95_ms_threshold: float | None = _only_of("text", 250.0)
+    """95 of 100 tokens must be generated within so many milliseconds each."""
+    rss_mb_threshold: float | None = _only_of("text", 400.0)
+    """Megabytes that a process may need that only loads the model and generates."""
 
     def __post_init__(self) -> None:
         for name in ("num_sequences", "prompt_length"):
@@ -324,6 +400,18 @@ class GateConfig:
         for name in ("edge_threshold", "rule_threshold", "sampled_rule_threshold", "rule_lift_threshold"):
             value = getattr(self, name)
             _check(value is None or _is_fraction(value), f"gate.{name}", value, "must lie in [0, 1]")
+        for name in (
+            "val_loss_threshold",
+            "overfit_gap_threshold",
+            "repetition_threshold",
+            "loss_rises_threshold",
+            "latency_p95_ms_threshold",
+            "rss_mb_threshold",
+        ):
+            value = getattr(self, name)
+            _check(value is None or value >= 0, f"gate.{name}", value, "must not be negative")
+        language = self.language_threshold
+        _check(language is None or _is_fraction(language), "gate.language_threshold", language, "must lie in [0, 1]")
         _check(self.min_rule_checks >= 0, "gate.min_rule_checks", self.min_rule_checks, "must not be negative")
 
 
@@ -417,8 +505,6 @@ class ExperimentConfig:
             _check(self.name != SHARED_CORPORA, "name", self.name, "is taken by the shared corpora; choose another")
         if self.task == "walks":
             self._check_walks()
-        else:
-            raise ConfigError("task", self.task, "is not available in this version; use 'walks'")
 
     def _check_walks(self) -> None:
         context = self.model.max_seq_len
@@ -499,18 +585,18 @@ def from_dict(values: Mapping[str, Any], cls: type[T] = ExperimentConfig) -> T: 
     return cls(**arguments)
 
 
-def result_values(config: Any) -> Iterator[tuple[str, Any]]:
-    """``(name, plain value)`` of every field of a configuration object that changes the result."""
+def result_values(config: Any, task: str | None = None) -> Iterator[tuple[str, Any]]:
+    """``(name, plain value)`` of every field of a configuration object that changes the result of ``task`` (or any)."""
     for f in fields(config):
-        if f.metadata.get("result", True):
+        if f.metadata.get("result", True) and (task is None or f.metadata.get("task", task) == task):
             value = getattr(config, f.name)
-            yield f.name, dict(result_values(value)) if is_dataclass(value) else _plain(value)
+            yield f.name, dict(result_values(value, task)) if is_dataclass(value) else _plain(value)
 
 
 def hashed_fields(config: ExperimentConfig) -> dict[str, Any]:
     """The fields that change the result, as nested JSON values."""
     other_tasks = frozenset().union(*(names for task, names in TASK_SECTIONS.items() if task != config.task))
-    return {name: value for name, value in result_values(config) if name not in other_tasks}
+    return {name: value for name, value in result_values(config, config.task) if name not in other_tasks}
 
 
 def canonical_json(value: Any) -> str:
@@ -534,7 +620,10 @@ def config_hash(config: ExperimentConfig, init_digest: str | None = None) -> str
 def experiment_id(config: ExperimentConfig, init_digest: str | None = None) -> str:
     """A readable name such as ``walks_n500_w64_d128_L4_s42-1f2e3d4c``."""
     model = config.model
-    size = f"n{config.graph.n}" if config.task == "walks" else f"v{config.text.vocab_size}"
+    text = config.text
+    size = f"n{config.graph.n}" if config.task == "walks" else f"{text.tokenizer}{text.vocab_size}"
+    if config.task == "text" and text.tokenizer == "char":
+        size = "char"
     slug = f"{config.task}_{size}_w{model.max_seq_len}_d{model.d_model}_L{model.n_layers}_s{config.seed}"
     return f"{slug}-{config_hash(config, init_digest)[:8]}"
 

@@ -11,7 +11,6 @@ import logging
 import os
 import socket
 import sys
-import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,8 +18,6 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load_model as load_weights
 from torch import distributed as dist
 
 from accel_train.config import (
@@ -29,41 +26,34 @@ from accel_train.config import (
     EarlierRun,
     ExperimentConfig,
     check_output_dir,
-    config_hash,
-    run_directory,
     to_dict,
 )
 from accel_train.interrupt import Interrupted
 from accel_train.lock import RunLocked
 from accel_train.model.transformer import TransformerLM
-from accel_train.observer import SILENT, Observer
-from accel_train.record import METRICS_FILE, RECORD_FILE, RecordError, read_record
+from accel_train.observer import CONCLUSION_BEGUN, SILENT, Observer
+from accel_train.record import METRICS_FILE, RecordError
 from accel_train.run_record import RecordKeeper
-from accel_train.rundir import CONFIG_FILE, RunDirectory, RunLog, dump_config, read_config
-from accel_train.tasks.base import Task
-from accel_train.tasks.walks import CorpusError, WalksTask
+from accel_train.rundir import CONFIG_FILE, RunDirectory, RunLog, dump_config
+from accel_train.tasks.base import Task, Trained
+from accel_train.tasks.registry import build_task
+from accel_train.tasks.walks import CorpusError
 from accel_train.training.board import LostPeer, first_line, is_lost_peer
 from accel_train.training.callbacks import Callback, LoopState
 from accel_train.training.coordination import Coordinator, PeerFailed
-from accel_train.training.diagnosis import NonFinite
+from accel_train.training.diagnosis import NonFinite, is_out_of_memory
 from accel_train.training.hooks import Hooks, build_hooks
-from accel_train.training.manifest import (
-    CheckpointError,
-    list_checkpoints,
-    newest_sound,
-    read_manifest,
-    require_configuration,
-    verify,
-)
+from accel_train.training.losses import LOSS_OF_TASK
+from accel_train.training.manifest import CheckpointError, step_directory
 from accel_train.training.preemption import StopSignal, leaving_while_ranks_meet
 from accel_train.training.progress import Progress, be_silent, say
 from accel_train.training.runtime import arithmetic, build_accelerator, machine
 from accel_train.training.trainer import Preempted, Trainer
+from accel_train.weights import build_model, resolve_init
 
 log = logging.getLogger(__name__)
 
 EXIT_COMPLETED, EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 0, 1, 2, 75
-WEIGHTS = "model.safetensors"
 _CODE_OF_PEER = {"ConfigError": EXIT_USAGE, "RecordError": EXIT_USAGE, "RunLocked": EXIT_PREEMPTED}
 
 
@@ -130,7 +120,7 @@ class _Experiment:
         self.config, self.command, self.run_log = config, command, run_log
         self.earlier, self.observer = earlier, observer
         self.accelerator, self.coordinator = accelerator, coordinator
-        self.task: Task = WalksTask(config, observer)
+        self.task: Task = build_task(config, observer)
         self.say = say if coordinator.is_main else be_silent
         self.progress = Progress()
         self.directory = RunDirectory(config)
@@ -157,19 +147,24 @@ class _Experiment:
             return code
         except (ConfigError, RecordError) as error:
             self.coordinator.announce_failure(error)
+            # Where the run directory is ours already: what was wrong came out while preparing the data.
+            self._leave("failed", str(error))
             raise
         except RunLocked as error:
             log.error("%s", error)
             return EXIT_PREEMPTED
-        except (NonFinite, CheckpointError, CorpusError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-            self.coordinator.announce_failure(error)
-            log.error("%s", error)
-            self._leave("failed", f"{type(error).__name__}: {error}")
-            return EXIT_FAILED
+        except (NonFinite, CheckpointError, CorpusError, OSError) as error:
+            return self._fail(error, str(error))
         except Exception as error:
             if self.coordinator.world_size > 1 and is_lost_peer(error):
                 # In a collective outside the loop, such as the comparison of all ranks' parameters.
                 self._leave_without(LostPeer(f"another rank is gone ({first_line(error)})"))
+            if is_out_of_memory(error):
+                return self._fail(
+                    error,
+                    f"out of memory ({first_line(error)}); use a smaller training.batch_size, model.max_seq_len or "
+                    "model, or more gradient accumulation",
+                )
             self.coordinator.announce_failure(error)
             log.exception("unexpected failure")
             if not self.run_log.is_on_screen:
@@ -179,6 +174,13 @@ class _Experiment:
         finally:
             self.progress.close()
             self.directory.close()
+
+    def _fail(self, error: BaseException, message: str) -> int:
+        """Leave with what people can mend, without a traceback."""
+        self.coordinator.announce_failure(error)
+        log.error("%s", message)
+        self._leave("failed", f"{type(error).__name__}: {message}")
+        return EXIT_FAILED
 
     def _leave_without(self, error: LostPeer) -> NoReturn:
         """Leave at once: nothing can be agreed any more, so nothing is saved and the record stays ``running``."""
@@ -193,7 +195,7 @@ class _Experiment:
         init = self._resolve_init()
         model = build_model(self.config, self.task, init)
         hooks = build_hooks(self.config.hooks, model)
-        self.coordinator.main_phase("check of the task", lambda _: self.task.check())
+        self.coordinator.main_phase("check of the task", lambda should_stop: self.task.check(self.say, should_stop))
         self._check_shared()
         opened = self.coordinator.main_phase("run directory", self._open)
         if opened["status"] == "completed":
@@ -205,6 +207,7 @@ class _Experiment:
         if self.coordinator.is_main:
             self.keeper.attach(trainer, preflight, machine(self.accelerator) | arithmetic(self.accelerator))
         trainer.fit()
+        self._conclude(trainer)
         if self.config.tracking.log_with:
             self.accelerator.end_training()
         if self.coordinator.is_main:
@@ -217,9 +220,12 @@ class _Experiment:
         """One choice of the weights to start from for all ranks; they are part of the run's identity."""
         if self.config.training.init_from is None:
             return None
-        name, digest = self.coordinator.main_phase(
-            "weights to start from", lambda _: _as_json(resolve_init(self.config, fresh=self.earlier.fresh))
-        )
+
+        def resolve(_: object) -> list[str | None]:
+            path, digest = resolve_init(self.config, fresh=self.earlier.fresh)
+            return [str(path) if path else None, digest]
+
+        name, digest = self.coordinator.main_phase("weights to start from", resolve)
         self.directory = RunDirectory(self.config, digest)
         self.keeper = RecordKeeper(self.directory, self.command, self.observer)
         return Path(name) if name else None
@@ -280,14 +286,17 @@ class _Experiment:
             model,
             dataset,
             config.training,
+            loss_fn=LOSS_OF_TASK[config.task],
             evaluate=self._evaluate,
+            validation=self.task.validation(),
             callbacks=callbacks,
             run_dir=self.directory.path,
             checkpoint=config.checkpoint,
             seed=config.seed,
             hooks=hooks,
             config_hash=self.directory.config_hash,
-            extra_files={CONFIG_FILE: dump_config(config).encode()},
+            extra_files={CONFIG_FILE: dump_config(config).encode(), **self.task.files()},
+            data_digests=self.task.digests(),
             accelerator=self.accelerator,
             coordinator=self.coordinator,
             logs=[self.directory.path / METRICS_FILE],
@@ -295,9 +304,32 @@ class _Experiment:
             observer=self.observer,
         )
 
-    def _evaluate(self, model: torch.nn.Module, _state: LoopState, should_stop: Callable[[], bool]) -> dict[str, Any]:
-        verdict = self.task.evaluate(model, should_stop)
-        return {**verdict.to_dict(), "stop": verdict.passed and self.config.stop_on_pass}
+    def _evaluate(self, model: torch.nn.Module, state: LoopState, should_stop: Callable[[], bool]) -> dict[str, Any]:
+        evaluation = self.task.evaluate(model, state.losses, should_stop)
+        passed = evaluation.verdict is not None and evaluation.verdict.passed
+        return {**evaluation.to_dict(), "stop": passed and self.config.stop_on_pass}
+
+    def _conclude(self, trainer: Trainer) -> None:
+        """The task's last judgement of the finished model; its verdict is the record's."""
+        state, per_epoch = trainer.state, trainer.plan.steps_per_epoch
+        epochs = [
+            state.train_loss[start : start + per_epoch] for start in range(0, state.step - per_epoch + 1, per_epoch)
+        ]
+        trained = Trained(
+            model=trainer.unwrapped_model,
+            checkpoint=self.directory.path / "checkpoints" / step_directory(state.step),
+            evaluation=state.evaluations[-1] if state.evaluations else {},
+            epoch_losses=[sum(losses) / len(losses) for losses in epochs],
+        )
+
+        def conclude(should_stop: Callable[[], bool]) -> None:
+            self.observer.reached(CONCLUSION_BEGUN)
+            evaluation = self.task.conclude(trained, should_stop)
+            if evaluation is not None:
+                self.keeper.conclude(evaluation.to_dict())
+
+        with self.keeper.clock.timed("validation"):
+            self.coordinator.main_phase("validation of the finished model", conclude)
 
     def _leave(self, status: str, reason: str) -> None:
         """Write the last record of a launch that did not complete; must not hide why it did not."""
@@ -330,100 +362,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, in
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value if isinstance(value, int | float | str) else str(value)
-
-
-# -- weights -------------------------------------------------------------------------------
-
-
-def build_model(config: ExperimentConfig, task: Task, init: Path | None) -> TransformerLM:
-    """A freshly initialised model (the same on every rank), or one with the weights of checkpoint ``init``.
-
-    Raises:
-        ConfigError: the weights do not fit the model.
-        CheckpointError: they are no safetensors file.
-    """
-    torch.manual_seed(config.seed)
-    model = TransformerLM(config.model, task.vocab_size)
-    if init is not None:
-        try:
-            load_weights(model, init / WEIGHTS)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{init / WEIGHTS} cannot be loaded: {error}") from error
-        except (RuntimeError, ValueError) as error:
-            reason = textwrap.shorten(str(error), 300, placeholder=" ...")  # torch names every parameter
-            raise ConfigError(
-                "training.init_from", str(init), f"does not fit this model; make the model sections agree ({reason})"
-            ) from error
-    return model
-
-
-def resolve_init(config: ExperimentConfig, *, fresh: bool = False) -> tuple[Path | None, str]:
-    """The checkpoint that ``training.init_from`` names, and the digest of its weights.
-
-    A named run that has checkpoints of its own keeps the digest that it started from, and needs
-    the source no more: then the path is None.
-
-    Raises:
-        ConfigError: it is neither a sound checkpoint nor a completed run.
-    """
-    source = str(config.training.init_from)
-    own = run_directory(config)
-    if config.name and not fresh and list_checkpoints(own / "checkpoints") and (own / RECORD_FILE).exists():
-        earlier = read_record(own)
-        if earlier["config"]["training"]["init_from"] == source:
-            return None, str(earlier["provenance"]["init_digest"])
-    path = Path(source)
-    found = list_checkpoints(path / "checkpoints")
-    if found and read_record(path)["status"] != "completed":
-        # Its newest checkpoint changes, and the identity of this run would change with it.
-        rule = f"is a run that is not completed; let it end, or name one of its checkpoints, such as {found[-1][1]}"
-        raise ConfigError("training.init_from", source, rule)
-    if not found and not path.is_dir():
-        rule = "is not a directory; name a completed run or a checkpoint"
-        raise ConfigError("training.init_from", source, rule)
-    checkpoint = found[-1][1] if found else path
-    problems = verify(checkpoint)
-    files = {} if problems else read_manifest(checkpoint)["files"]
-    if not problems and WEIGHTS not in files:
-        problems = [f"{WEIGHTS} is missing"]
-    if problems:
-        rule = f"holds no sound checkpoint ({'; '.join(problems)}); name another"
-        raise ConfigError("training.init_from", source, rule)
-    return checkpoint, str(files[WEIGHTS]["sha256"])
-
-
-def _as_json(choice: tuple[Path | None, str]) -> list[str | None]:
-    return [str(choice[0]) if choice[0] else None, choice[1]]
-
-
-def load_model(run_dir: Path) -> tuple[TransformerLM, WalksTask, int]:
-    """The newest sound weights of a run, its task with the data opened, and their step.
-
-    Raises:
-        ConfigError: there is no such run, or it has no checkpoint yet.
-        CheckpointError: all its checkpoints are damaged, or the newest belongs to another configuration.
-    """
-    if not (run_dir / CONFIG_FILE).is_file():
-        raise ConfigError("RUN", str(run_dir), f"is not a run directory (it has no {CONFIG_FILE})")
-    config = read_config(run_dir / CONFIG_FILE)
-    checkpoint = newest_sound(run_dir / "checkpoints")
-    if checkpoint is None:
-        raise ConfigError("RUN", str(run_dir), "has no checkpoint yet; let it train first")
-    started_from = read_record(run_dir)["provenance"]["init_digest"] if config.training.init_from else None
-    require_configuration(checkpoint, config_hash(config, started_from), "put the run's own checkpoints back")
-    task = WalksTask(config)
-    task.open(task.build(run_dir.parent / SHARED_CORPORA, be_silent, lambda: False))
-    model = build_model(config, task, checkpoint).to(Accelerator().device)
-    return model, task, int(read_manifest(checkpoint)["step"])
-
-
-def evaluate(run_dir: Path) -> dict[str, Any]:
-    """Judge the newest checkpoint of a run by its gate; returns the verdict as JSON values."""
-    model, task, step = load_model(run_dir)
-    return {"run": str(run_dir), "step": step, **task.evaluate(model, lambda: False).to_dict()}
-
-
-def generate_samples(run_dir: Path, num: int, *, temperature: float = 0.0) -> list[list[int]]:
-    """``num`` continuations of held-out prompts by the newest checkpoint of a run."""
-    model, task, _ = load_model(run_dir)
-    return task.generate(model, num, temperature)

@@ -29,6 +29,8 @@ COMMIT_RENAMED = "commit renamed"
 """The checkpoint counts; older ones are not rotated yet."""
 ROTATION_RENAMED = "rotation renamed"
 """An old checkpoint has given up its name and is not removed yet."""
+CONCLUSION_BEGUN = "conclusion begun"
+"""Training has ended; the finished model is about to be judged; main process."""
 RECORD_WRITTEN_ASIDE = "record written aside"
 """The new ``result.json`` is complete under its temporary name."""
 
@@ -44,6 +46,7 @@ POINTS = (
     COMMIT_SEALED,
     COMMIT_RENAMED,
     ROTATION_RENAMED,
+    CONCLUSION_BEGUN,
     RECORD_WRITTEN_ASIDE,
 )
 

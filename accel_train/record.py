@@ -291,6 +291,8 @@ class RunSummary:
     gate_passed: bool
     edge_compliance: float | None
     rule_compliance: float | None
+    val_loss: float | None
+    """Nats per token; runs of the text task."""
     created_at: str | None
     """ISO 8601, UTC."""
 
@@ -312,7 +314,7 @@ def list_runs(results: str | Path) -> list[RunSummary]:
             record = _read_if_any(directory)
         except RecordError as error:
             log.warning("%s", error)
-            runs.append(RunSummary(directory.name, "damaged", 0, False, None, None, None))
+            runs.append(RunSummary(directory.name, "damaged", 0, False, None, None, None, None))
             continue
         scalars = record.get("metrics", {}).get("scalars", {})
         runs.append(
@@ -323,6 +325,7 @@ def list_runs(results: str | Path) -> list[RunSummary]:
                 gate_passed=bool(record.get("gate", {}).get("passed")),
                 edge_compliance=scalars.get("final_edge_compliance"),
                 rule_compliance=scalars.get("final_rule_compliance"),
+                val_loss=scalars.get("final_val_loss"),
                 created_at=record.get("created_at"),
             )
         )

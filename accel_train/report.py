@@ -20,7 +20,7 @@ _MOST_POINTS = 4000
 
 
 def training_curves(record: Mapping[str, Any], path: Path) -> None:
-    """Draw ``path`` (PNG): training loss per step; edge and rule compliance per evaluation.
+    """Draw ``path`` (PNG): training loss per step; compliance (walks) or validation loss (text) per evaluation.
 
     Args:
         record: a run's record; curves may be short or empty, and values may be missing (null).
@@ -31,7 +31,10 @@ def training_curves(record: Mapping[str, Any], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     figure.suptitle(f"{record['experiment_id']}   {_verdict(record)}", fontsize=11)
     _draw_loss(left, record["curves"]["train_loss"])
-    _draw_compliance(right, record)
+    if record["config"]["task"] == "text":
+        _draw_validation(right, record)
+    else:
+        _draw_compliance(right, record)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -113,6 +116,48 @@ def _draw_compliance(axes: Axes, record: Mapping[str, Any]) -> None:
             axes.axvline(record["gate"]["epoch"], color=_GREY, linestyle=":", linewidth=1.2, label="gate passed")
         # Where the lines leave room: they rise, so below them on the right unless they start high.
         axes.legend(loc="lower right" if lowest < 0.9 else "lower left", framealpha=1.0, edgecolor="none")
+    _dress(axes)
+
+
+def _draw_validation(axes: Axes, record: Mapping[str, Any]) -> None:
+    curves, config = record["curves"], record["config"]
+    in_steps = config["training"]["eval_interval"] is not None
+    axes.set(title="Validation", xlabel="evaluation" if in_steps else "epoch", ylabel="cross-entropy (nats per token)")
+    held_out, seen = _numbers(curves.get("val_loss", [])), _numbers(curves.get("probe_loss", []))
+    if not held_out:
+        _say_empty(axes, "no evaluation yet")
+        _dress(axes)
+        return
+    for values, color, marker, label in (
+        (seen, _BLUE, "o", "training windows"),
+        (held_out, _ORANGE, "s", "held-out windows"),
+    ):
+        axes.plot(
+            range(1, len(values) + 1),
+            values,
+            color=color,
+            marker=marker,
+            markersize=5 if len(values) <= 30 else 3,
+            linewidth=1.8,
+            label=label,
+        )
+    bits = _numbers(curves["val_bits_per_byte"])[-1]
+    axes.annotate(
+        f"{held_out[-1]:.3f} nats per token\n{bits:.3f} bits per byte",
+        (len(held_out), held_out[-1]),
+        xytext=(0, 14),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+        color=_ORANGE,
+    )
+    threshold = config["gate"]["val_loss_threshold"]
+    low, high = axes.get_ylim()
+    if threshold is not None and low < threshold < high:
+        axes.axhline(threshold, color=_GREY, linestyle="--", linewidth=1.1, label=f"asked: below {threshold:g}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlim(0.5, len(held_out) + 0.5)
+    axes.legend(loc="upper right", frameon=False)
     _dress(axes)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accel_train.durable import write_atomic
 from accel_train.observer import SILENT, Observer
 from accel_train.record import (
     METRICS_FILE,
@@ -34,6 +35,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_WALK_CURVES = ("edge_compliance", "rule_compliance")
+_TEXT_CURVES = ("val_loss", "val_bits_per_byte", "probe_loss", "overfit_gap")
+_OWN_NAME = frozenset(
+    {"val_bits_per_byte", "overfit_gap", "loss_rises", "repetition", "language", "latency_p95_ms", "rss_mb"}
+)
+"""Figures that go into the record's scalars under their own name; others become ``final_...``."""
+_NAMED_LOSS = 5
 FIGURE = Path("figures") / "training_curves.png"
 
 
@@ -58,6 +66,8 @@ class RecordKeeper(Callback):
         self._earlier: dict[str, float] = {}
         self._began = time.perf_counter()
         self._metrics: MetricsLog | None = None
+        self._conclusion: dict[str, Any] | None = None
+        self._marks: list[dict[str, float]] = []
 
     @property
     def launch(self) -> int:
@@ -80,6 +90,7 @@ class RecordKeeper(Callback):
             earlier=found or None,
         )
         self._earlier = dict(found.get("timing", {}).get("seconds", {}))
+        self._marks = list(found.get("timing", {}).get("evaluations", []))
         self._write()
 
     def attach(self, trainer: Trainer, preflight: dict[str, Any], machine: dict[str, Any]) -> None:
@@ -97,6 +108,8 @@ class RecordKeeper(Callback):
         due = self._trainer is not None and self._trainer.state.evaluation_due
         logged = self._metrics.cut_back(state.step, evaluation_due=due)
         cut_back_samples(self._directory.path / SAMPLES_DIRECTORY, state.step)
+        done = {each["step"] for each in self._trainer.state.evaluations} if self._trainer is not None else set()
+        self._marks = [mark for mark in self._marks if mark["step"] in done]
         if state.step or logged:
             where = f"after step {state.step}"
             if logged > state.step:
@@ -109,13 +122,28 @@ class RecordKeeper(Callback):
         self._append(line)
 
     def on_evaluate(self, state: LoopState, evaluation: dict[str, Any]) -> None:
-        """Append the evaluation's figures."""
-        figures = {"step": evaluation["step"], "epoch": evaluation["epoch"], "gate_passed": evaluation.get("passed")}
-        self._append({**figures, **evaluation.get("metrics", {})})
+        """Append the evaluation's figures and its first sample; all samples go into a file of their own."""
+        line = {"step": evaluation["step"], "epoch": evaluation["epoch"], "gate_passed": evaluation.get("passed")}
+        if samples := evaluation.get("samples"):
+            line["sample"] = samples[0]
+            self._write_samples(f"step_{evaluation['step']:07d}.txt", samples)
+        if "val_loss" in evaluation.get("metrics", {}) and self._trainer is not None:
+            # Beside each other in one line, for whoever watches them part.
+            line["loss"] = self._trainer.state.train_loss[-1]
+        self._append({**line, **evaluation.get("metrics", {})})
+        if self._trainer is not None:
+            seconds = self._earlier.get("training", 0.0) + self._trainer.clock.so_far("training")
+            self._marks.append({"step": evaluation["step"], "training_seconds": seconds})
 
     def on_epoch_end(self, state: LoopState) -> None:
         """Bring the record up to the epoch."""
         self._update()
+
+    def conclude(self, evaluation: dict[str, Any]) -> None:
+        """Take the last judgement of the finished model for the record's verdict."""
+        self._conclusion = evaluation
+        if samples := evaluation.get("samples"):
+            self._write_samples("validation.txt", samples)
 
     # -- the end ---------------------------------------------------------------------------
 
@@ -163,20 +191,24 @@ class RecordKeeper(Callback):
     def _fill(self, trainer: Trainer) -> None:
         record, state = self.record, trainer.state
         evaluations = state.evaluations
+        named = {name for evaluation in evaluations for name in evaluation.get("metrics", {})}
         curves = {
-            name: [evaluation.get("metrics", {}).get(name) for evaluation in evaluations]
-            for name in ("edge_compliance", "rule_compliance")
+            name: [evaluation.get("metrics", {}).get(name) for evaluation in evaluations] if name in named else []
+            for name in (*_WALK_CURVES, *(name for name in _TEXT_CURVES if name in named))
         }
+        if "val_loss" in named:
+            curves["evaluation_step"] = [evaluation["step"] for evaluation in evaluations]
         record["curves"] = {"train_loss": list(state.train_loss), **curves}
         record["metrics"]["scalars"] = self._scalars(trainer, evaluations)
         # Also without an evaluation: those of steps that were rolled back must not stay.
         last = evaluations[-1] if evaluations else {}
+        verdict = self._conclusion or last
         record["gate"].update(
-            passed=last.get("passed"),
+            passed=verdict.get("passed"),
             epoch=last.get("epoch"),
-            criteria=last.get("criteria", []),
-            evidence=last.get("evidence", {}),
-            failure_reason=last.get("failure_reason"),
+            criteria=verdict.get("criteria", []),
+            evidence=verdict.get("evidence", {}),
+            failure_reason=verdict.get("failure_reason"),
             first_passed_epoch=next((e["epoch"] for e in evaluations if e.get("passed")), None),
         )
         provenance = record["provenance"]
@@ -187,18 +219,34 @@ class RecordKeeper(Callback):
 
     def _scalars(self, trainer: Trainer, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
         state = trainer.state
-        # These two stand in every record, judged or not.
-        metrics = {"edge_compliance": None, "rule_compliance": None}
-        metrics |= evaluations[-1].get("metrics", {}) if evaluations else {}
+        last = evaluations[-1].get("metrics", {}) if evaluations else {}
+        verdict = self._conclusion or (evaluations[-1] if evaluations else {})
+        # Compliance stands in every record, judged or not.
+        final = {"edge_compliance": None, "rule_compliance": None}
+        final |= {name: value for name, value in last.items() if name not in _OWN_NAME}
         return {
             "final_train_loss": state.train_loss[-1] if state.train_loss else None,
-            **{f"final_{name}": value for name, value in metrics.items()},
-            "gate_passed": bool(evaluations and evaluations[-1].get("passed")),
+            **{f"final_{name}": value for name, value in final.items()},
+            **{name: value for name, value in verdict.get("metrics", {}).items() if name in _OWN_NAME},
+            **self._best(evaluations),
+            "gate_passed": bool(verdict.get("passed")),
             "epochs_trained": state.step / trainer.plan.steps_per_epoch,
             "steps_trained": state.step,
             "tokens_seen": state.tokens_seen,
             "parameters": sum(p.numel() for p in trainer.unwrapped_model.parameters()),
         }
+
+    def _best(self, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
+        """The lowest validation loss, and the seconds of training until it first was below 5; nothing without one."""
+        found = {each["step"]: each.get("metrics", {}).get("val_loss") for each in evaluations}
+        losses = {step: loss for step, loss in found.items() if loss is not None}
+        if not losses:
+            return {}
+        reached = next((step for step, loss in losses.items() if loss < _NAMED_LOSS), None)
+        seconds = next(
+            (mark["training_seconds"] for mark in self._marks if reached is not None and mark["step"] >= reached), None
+        )
+        return {"best_val_loss": min(losses.values()), f"seconds_to_val_loss_{_NAMED_LOSS}": seconds}
 
     def _fill_timing(self, trainer: Trainer) -> None:
         launch = {**self.clock.seconds, **trainer.clock.seconds, "total": time.perf_counter() - self._began}
@@ -209,7 +257,13 @@ class RecordKeeper(Callback):
         self.record["timing"] = {
             "seconds": seconds,
             "tokens_per_second": trained / training if training else None,
+            "evaluations": list(self._marks),
         }
+
+    def _write_samples(self, name: str, samples: Sequence[str]) -> None:
+        path = self._directory.path / SAMPLES_DIRECTORY / name
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, "\n\n".join(samples).encode() + b"\n")
 
     def _append(self, line: dict[str, Any]) -> None:
         assert self._metrics is not None, "on_train_start comes first"

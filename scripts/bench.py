@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_text import bench_text
 
 from accel_train.config import CheckpointConfig, GraphConfig, ModelConfig, RulesConfig, TrainingConfig
 from accel_train.model.generation import generate
@@ -346,6 +347,7 @@ BENCHMARKS: dict[str, Callable[[], Figures]] = {
     "generate": bench_generate,
     "resume": bench_resume,
     "startup": bench_startup,
+    "text": bench_text,
     "train": bench_train,
 }
 

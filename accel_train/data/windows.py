@@ -6,8 +6,9 @@ and nothing is copied before it is asked for.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,35 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 
-class WalkDataset(Dataset[tuple[Tensor, Tensor]]):
+class _Samples(Dataset[tuple[Tensor, Tensor]]):
+    """Samples that are gathered a batch at a time."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """One sample: inputs and targets, int64 ``(context_length,)`` each."""
+        inputs, targets = self.__getitems__([index])
+        return inputs[0], targets[0]
+
+    def __getitems__(self, ids: npt.NDArray[np.integer[Any]] | Sequence[int]) -> tuple[Tensor, Tensor]:
+        """A batch, already collated.
+
+        Args:
+            ids: sample ids ``(batch,)``.
+
+        Returns:
+            Inputs and targets, int64 ``(batch, context_length)`` each: two views of one tensor.
+
+        Raises:
+            IndexError: an id is out of range.
+        """
+        tokens = torch.from_numpy(self._gather(np.asarray(ids, dtype=np.int64)))
+        return tokens[:, :-1], tokens[:, 1:]
+
+    @abstractmethod
+    def _gather(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The tokens of a batch, ``(batch, context_length + 1)``."""
+
+
+class WalkDataset(_Samples):
     """Walks cut into non-overlapping chunks of ``context_length + 1`` tokens.
 
     A walk of ``L`` tokens gives ``L // (context_length + 1)`` samples; the rest of it is not
@@ -45,23 +74,127 @@ class WalkDataset(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self._chunks) * self.chunks_per_walk
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """One sample: inputs and targets, int64 ``(context_length,)`` each."""
-        inputs, targets = self.__getitems__([index])
-        return inputs[0], targets[0]
+    def _gather(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        walk, chunk = np.divmod(ids, self.chunks_per_walk)
+        tokens: npt.NDArray[np.int64] = self._chunks[walk, chunk].astype(np.int64)
+        return tokens
 
-    def __getitems__(self, ids: npt.NDArray[np.integer[Any]] | Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A batch, already collated.
 
-        Args:
-            ids: sample ids ``(batch,)``.
+Ranges = npt.NDArray[np.int64]
+"""``(ranges, 2)``: first token and the one after the last, in ascending order, disjoint."""
 
-        Returns:
-            Inputs and targets, int64 ``(batch, context_length)`` each: two views of one tensor.
+_STRETCH_WINDOWS = 16
+_STRETCHES_HELD_OUT = 4
 
-        Raises:
-            IndexError: an id is out of range.
-        """
-        walk, chunk = np.divmod(np.asarray(ids, dtype=np.int64), self.chunks_per_walk)
-        tokens = torch.from_numpy(self._chunks[walk, chunk].astype(np.int64))
-        return tokens[:, :-1], tokens[:, 1:]
+
+def split_corpus(
+    num_tokens: int,
+    context_length: int,
+    val_fraction: float = 0.05,
+    how: Literal["tail", "blocks"] = "tail",
+) -> tuple[Ranges, Ranges]:
+    """Divide a stream of tokens into a part for training and one for validation; no token is in both.
+
+    Args:
+        num_tokens: length of the stream.
+        context_length: tokens of an input; ``blocks`` holds out whole windows.
+        val_fraction: part held out, in (0, 1).
+        how: ``tail`` holds out the end of the stream. ``blocks`` holds out every k-th stretch of (at most 16)
+            whole windows, with k the nearest to ``1 / val_fraction``, so that what changes along the
+            corpus (its language, its author) is in both parts.
+
+    Returns:
+        The ranges of tokens for training and for validation. Either may be empty when the stream is short.
+    """
+    if how == "tail":
+        cut = num_tokens - int(num_tokens * val_fraction)
+        return _ranges([0], [cut]), _ranges([cut], [num_tokens])
+    every = max(2, round(1 / val_fraction))
+    windows = num_tokens // context_length
+    stretch = max(1, min(_STRETCH_WINDOWS, windows // (_STRETCHES_HELD_OUT * every))) * context_length + 1
+    starts = np.arange(0, num_tokens, stretch, dtype=np.int64)
+    ends = np.minimum(starts + stretch, num_tokens)
+    # The last stretch may be cut short: it is never held out, so that all windows held out are whole.
+    held_out = (np.arange(len(starts)) % every == every // 2) & (ends - starts == stretch)
+    return _ranges(starts[~held_out], ends[~held_out]), _ranges(starts[held_out], ends[held_out])
+
+
+def _ranges(starts: npt.ArrayLike, ends: npt.ArrayLike) -> Ranges:
+    """Ranges without the empty ones."""
+    ranges = np.stack([np.asarray(starts, dtype=np.int64), np.asarray(ends, dtype=np.int64)], axis=1)
+    return ranges[ranges[:, 0] < ranges[:, 1]]
+
+
+class TokenStream(Protocol):
+    """Tokens that lie somewhere, such as :class:`accel_train.text.tokens.Tokens`."""
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+
+    def windows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
+        """The ``length`` tokens from each of ``starts`` on, ``(windows, length)`` int64."""
+
+
+class _InMemory:
+    """An array as a stream."""
+
+    def __init__(self, tokens: npt.NDArray[Any]) -> None:
+        self._tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def windows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
+        gathered: npt.NDArray[np.int64] = self._tokens[starts[:, None] + np.arange(length)].astype(np.int64)
+        return gathered
+
+
+class WindowDataset(_Samples):
+    """Windows of a stream of tokens: the input, and the target shifted by one.
+
+    Inputs do not overlap unless ``stride`` says so; the last target of a window is the first input of
+    the next. What is left of a range at its end, too short for a window, is not used.
+
+    Args:
+        tokens: a stream, or a one-dimensional array of integers; never copied.
+        context_length: tokens in an input.
+        ranges: the parts of the stream to use; windows never cross from one into another. Default: all.
+        stride: tokens from the start of one window to the next; default: ``context_length``.
+
+    Raises:
+        ValueError: no window fits, or a range leaves the stream.
+    """
+
+    def __init__(
+        self,
+        tokens: TokenStream | npt.NDArray[Any],
+        context_length: int,
+        ranges: Ranges | None = None,
+        stride: int | None = None,
+    ) -> None:
+        self._tokens = _InMemory(tokens) if isinstance(tokens, np.ndarray) else tokens
+        self.context_length = context_length
+        self.stride = context_length if stride is None else stride
+        if context_length < 1 or self.stride < 1:
+            raise ValueError(f"context_length = {context_length} and stride = {stride} must be at least 1")
+        used = _ranges([0], [len(tokens)]) if ranges is None else np.asarray(ranges, dtype=np.int64).reshape(-1, 2)
+        if used.size and (used.min() < 0 or used.max() > len(tokens)):
+            raise ValueError(f"the ranges reach from {used.min()} to {used.max()}, the stream has {len(tokens)} tokens")
+        counts = np.maximum((used[:, 1] - used[:, 0] - context_length - 1) // self.stride + 1, 0)
+        self._starts = used[:, 0]
+        self._first = np.concatenate([[0], np.cumsum(counts)])
+        if not len(self):
+            raise ValueError(
+                f"{int((used[:, 1] - used[:, 0]).sum())} tokens in {len(used)} ranges hold no window of "
+                f"context_length + 1 = {context_length + 1}; use more text or a shorter context"
+            )
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def _gather(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
+            raise IndexError(f"sample ids must lie in [0, {len(self)}), not [{ids.min()}, {ids.max()}]")
+        place = np.searchsorted(self._first, ids, side="right") - 1
+        starts = self._starts[place] + (ids - self._first[place]) * self.stride
+        return self._tokens.windows(starts, self.context_length + 1)

@@ -11,8 +11,9 @@ its last half and read again; positions restart there, as learned positions requ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ def generate(
     length: int,
     *,
     temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
     generator: torch.Generator | None = None,
     batch_size: int | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -46,6 +49,8 @@ def generate(
         length: tokens of every result, the prompt included.
         temperature: divides the logits before sampling; 0 takes the most likely token, the one
             of lowest id among equals.
+        top_k: sample from the so many most likely tokens only.
+        top_p: sample from the fewest tokens whose probabilities add up to this (Holtzman et al. 2020).
         generator: source of randomness, needed for sampling.
         batch_size: sequences at a time; never changes which random numbers a sequence gets.
         should_stop: asked before every token.
@@ -57,7 +62,7 @@ def generate(
         ValueError: an argument is out of range, or sampling without a generator.
         Interrupted: ``should_stop`` said so.
     """
-    _check_arguments(prompts, length, temperature, generator, batch_size)
+    _check_arguments(prompts, length, temperature, top_k, top_p, generator, batch_size)
     num, prompt_length = prompts.shape
     device = next((parameter.device for parameter in model.parameters()), prompts.device)
     tokens = torch.empty(num, length, dtype=torch.int64, device=device)
@@ -67,24 +72,93 @@ def generate(
         shape = (num, length - prompt_length)
         uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device).to(device)
     size = batch_size or DEFAULT_BATCH_SIZE
-    with _evaluating(model), torch.no_grad():
+    with _evaluating(model):
         for first in range(0, num, size):
             rows = tokens[first : first + size]
-            logits_at = _CachedLogits(model, rows) if isinstance(model, TransformerLM) else _PlainLogits(model, rows)
-            for position in range(prompt_length, length):
-                if should_stop is not None and should_stop():
-                    raise Interrupted
-                logits = logits_at(position)
-                if uniform is None:
-                    rows[:, position] = logits.argmax(dim=-1)
-                else:
-                    draws = uniform[first : first + size, position - prompt_length]
-                    rows[:, position] = _sample(logits / temperature, draws)
+            draws = None if uniform is None else uniform[first : first + size]
+            for _ in _continued(model, rows, prompt_length, _Sampling(temperature, top_k, top_p), draws, should_stop):
+                pass
     return tokens
 
 
+def stream(
+    model: TransformerLM,
+    prompt: Sequence[int],
+    num_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[int]:
+    """Continue one prompt, handing out every token as soon as it is there; arguments as of :func:`generate`."""
+    length = len(prompt) + num_tokens
+    prompts = torch.tensor([list(prompt)], dtype=torch.int64, device=next(model.parameters()).device)
+    _check_arguments(prompts, length, temperature, top_k, top_p, generator, None)
+    rows = torch.empty(1, length, dtype=torch.int64, device=prompts.device)
+    rows[:, : len(prompt)] = prompts
+    draws = None
+    if generator is not None and temperature > 0:
+        draws = torch.rand((1, num_tokens), generator=generator, dtype=torch.float64, device=generator.device)
+        draws = draws.to(prompts.device)
+    with _evaluating(model):
+        for position in _continued(model, rows, len(prompt), _Sampling(temperature, top_k, top_p), draws, None):
+            yield int(rows[0, position])
+
+
+def _continued(
+    model: nn.Module,
+    rows: Tensor,
+    prompt_length: int,
+    sampling: _Sampling,
+    draws: Tensor | None,
+    should_stop: Callable[[], bool] | None,
+) -> Iterator[int]:
+    """Fill ``rows`` from ``prompt_length`` on; yields every position as soon as it is filled."""
+    logits_at = _CachedLogits(model, rows) if isinstance(model, TransformerLM) else _PlainLogits(model, rows)
+    for position in range(prompt_length, rows.shape[1]):
+        if should_stop is not None and should_stop():
+            raise Interrupted
+        with torch.no_grad():  # here, not around the loop: whoever takes the token must not run without gradients
+            logits = logits_at(position)
+            if draws is None:
+                rows[:, position] = logits.argmax(dim=-1)
+            else:
+                rows[:, position] = _sample(sampling.restricted(logits), draws[:, position - prompt_length])
+        yield position
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """How the distribution of the next token is bent before it is drawn from."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+
+    def restricted(self, logits: Tensor) -> Tensor:
+        """``(batch, vocab)`` logits at this temperature; minus infinity for the tokens left out."""
+        logits = logits / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[1]:
+            least = logits.topk(self.top_k, dim=-1).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        if self.top_p is not None and self.top_p < 1:
+            ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+            probability = ordered.double().softmax(dim=-1)
+            # Left out is what comes after the tokens before it have reached top_p; the first one never.
+            beyond = probability.cumsum(dim=-1) - probability >= self.top_p
+            logits = logits.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
+        return logits
+
+
 def _check_arguments(
-    prompts: Tensor, length: int, temperature: float, generator: torch.Generator | None, batch_size: int | None
+    prompts: Tensor,
+    length: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
+    batch_size: int | None,
 ) -> None:
     if prompts.dim() != 2 or prompts.shape[1] < 1:
         raise ValueError(f"prompts must be (num, prompt_length) with at least one token, not {tuple(prompts.shape)}")
@@ -94,6 +168,10 @@ def _check_arguments(
         raise ValueError(f"temperature = {temperature} must not be negative")
     if temperature > 0 and generator is None:
         raise ValueError(f"sampling at temperature {temperature} needs a generator: the global one is training's")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k = {top_k} must be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p = {top_p} must lie in (0, 1]")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size = {batch_size} must be at least 1")
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from accel_train.config import ModelConfig
+from accel_train.model.cross_entropy import linear_cross_entropy
 from accel_train.model.extraction import Extraction, ExtractionMode
 
 INIT_STD = 0.02
@@ -96,7 +97,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.n_heads = config.n_heads
-        self.dropout = config.dropout
+        self.dropout = config.dropout if config.attention_dropout is None else config.attention_dropout
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
         self.output = nn.Linear(config.d_model, config.d_model)
 
@@ -203,28 +204,35 @@ class TransformerLM(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     @overload
-    def forward(self, tokens: Tensor) -> Tensor: ...
+    def forward(
+        self, tokens: Tensor, mode: Literal[ExtractionMode.NONE] = ..., *, targets: Tensor | None = ...
+    ) -> Tensor: ...
 
     @overload
-    def forward(self, tokens: Tensor, mode: Literal[ExtractionMode.NONE]) -> Tensor: ...
+    def forward(self, tokens: Tensor, mode: ExtractionMode, *, targets: Tensor | None = ...) -> Tensor | Extraction: ...
 
-    @overload
-    def forward(self, tokens: Tensor, mode: ExtractionMode) -> Tensor | Extraction: ...
-
-    def forward(self, tokens: Tensor, mode: ExtractionMode = ExtractionMode.NONE) -> Tensor | Extraction:
-        """Logits of the next token at every position.
+    def forward(
+        self, tokens: Tensor, mode: ExtractionMode = ExtractionMode.NONE, *, targets: Tensor | None = None
+    ) -> Tensor | Extraction:
+        """Logits of the next token at every position, or their loss.
 
         Args:
             tokens: int64 ``(batch, time)``, with ``time <= config.max_seq_len``.
             mode: tensors to return beside the logits.
+            targets: int64 ``(batch, time)``, the token that follows each of ``tokens``: asks for the mean
+                cross-entropy instead of the logits, which are then never held all at once.
 
         Returns:
             Logits ``(batch, time, vocab)``; with another mode than ``NONE`` an
-            :class:`~accel_train.model.extraction.Extraction` holding the same logits, bit for bit.
+            :class:`~accel_train.model.extraction.Extraction` holding the same logits, bit for bit;
+            with ``targets`` a scalar, in nats per token.
 
         Raises:
             ValueError: more tokens than the context holds.
         """
+        if targets is not None:
+            x = self.final_norm(self._stream(tokens))
+            return linear_cross_entropy(x.flatten(0, 1), self._output_weight, targets.flatten())
         recorder = None if mode is ExtractionMode.NONE else Recorder(mode)
         logits = self._logits(self._stream(tokens, recorder))
         return logits if recorder is None else recorder.output(logits)
@@ -274,5 +282,8 @@ class TransformerLM(nn.Module):
         return x  # type: ignore[no-any-return]
 
     def _logits(self, x: Tensor) -> Tensor:
-        weight = self.token_embedding.weight if self.head is None else self.head.weight
-        return functional.linear(self.final_norm(x), weight)
+        return functional.linear(self.final_norm(x), self._output_weight)
+
+    @property
+    def _output_weight(self) -> Tensor:
+        return self.token_embedding.weight if self.head is None else self.head.weight

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from torch import nn
 from accel_train.config import ConfigError, ExperimentConfig, canonical_json, result_values
 from accel_train.data.cache import cached
 from accel_train.data.windows import WalkDataset
+from accel_train.meter import Meter
 from accel_train.model.generation import generate
 from accel_train.observer import SILENT, Observer
-from accel_train.tasks.base import Say, StopCheck
-from accel_train.tasks.criteria import Criterion, Verdict, judge
+from accel_train.tasks.base import Evaluation, Say, StopCheck, Trained
+from accel_train.tasks.criteria import Criterion, judge
 from accel_train.walks.compliance import Compliance, scorable_rules, score, wilson_interval
 from accel_train.walks.generator import generate_walks, random_walks
 from accel_train.walks.graph import Graph, generate_graph
@@ -95,7 +96,7 @@ class WalksTask:
         ]
         return [Criterion(metric, ">", threshold) for metric, threshold in asked if threshold is not None]
 
-    def check(self) -> None:
+    def check(self, say: Say, should_stop: StopCheck) -> None:
         """Draw graph and rules, and refuse a gate that cannot be passed whatever the model does.
 
         Raises:
@@ -183,20 +184,20 @@ class WalksTask:
 
     def _build_corpora(self, directory: Path, say: Say, should_stop: StopCheck) -> None:
         walks, gate = self.config.walks, self.config.gate
-        progress = _percent_reporter(walks.num_walks, lambda text: say("corpus", text))
-        for name, stream, count, length, report in (
-            ("train", _TRAIN, walks.num_walks, walks.walk_length, progress),
-            ("held_out", _HELD_OUT, gate.num_sequences, self._context + 1, None),
+        for name, stream, count, length in (
+            ("train", _TRAIN, walks.num_walks, walks.walk_length),
+            ("held_out", _HELD_OUT, gate.num_sequences, self._context + 1),
         ):
-            result = generate_walks(
-                self.graph,
-                self.rules,
-                count,
-                length,
-                self._stream_seed(stream),
-                should_stop=should_stop,
-                progress=report,
-            )
+            with Meter(f"{name} walks", count, lambda line: say("corpus", line), unit="") as meter:
+                result = generate_walks(
+                    self.graph,
+                    self.rules,
+                    count,
+                    length,
+                    self._stream_seed(stream),
+                    should_stop=should_stop,
+                    progress=meter.reach,
+                )
             np.save(directory / f"{name}.npy", result.walks)
         save_npz(directory / "graph.npz", self.graph.adjacency)
         np.save(directory / "blocks.npy", self.graph.block_assignments)
@@ -282,7 +283,23 @@ class WalksTask:
             "warnings": warnings,
         }
 
-    def evaluate(self, model: nn.Module, should_stop: StopCheck) -> Verdict:
+    def validation(self) -> dict[str, Any]:
+        """None: the gate looks at behaviour, not at losses."""
+        return {}
+
+    def digests(self) -> dict[str, str]:
+        """None: the corpus is a function of the configuration, which is compared."""
+        return {}
+
+    def files(self) -> dict[str, bytes]:
+        """None."""
+        return {}
+
+    def conclude(self, trained: Trained, should_stop: StopCheck) -> Evaluation | None:
+        """The last evaluation stands."""
+        return None
+
+    def evaluate(self, model: nn.Module, losses: Mapping[str, float], should_stop: StopCheck) -> Evaluation:
         """Continue the held-out prompts greedily and by sampling, score both, judge the criteria.
 
         Raises:
@@ -304,7 +321,7 @@ class WalksTask:
         thin = []
         if greedy.rule_checks < gate.min_rule_checks:
             thin.append(f"too few rule checks: {greedy.rule_checks}, gate.min_rule_checks is {gate.min_rule_checks}")
-        return judge(
+        verdict = judge(
             self.criteria,
             metrics,
             evidence={
@@ -321,6 +338,7 @@ class WalksTask:
             },
             too_thin=thin,
         )
+        return Evaluation(verdict)
 
     def generate(self, model: nn.Module, num: int, temperature: float) -> list[list[int]]:
         """``num`` continuations of held-out prompts, each of context length + 1 vertices.
@@ -385,16 +403,3 @@ def _difference(a: float | None, b: float | None) -> float | None:
 
 def _percent(value: float | None) -> str:
     return "none" if value is None else f"{100 * value:.4g} %"
-
-
-def _percent_reporter(total: int, report: Callable[[str], None], every: float = 5.0) -> Callable[[int], None]:
-    """Report a share of ``total`` at most once in ``every`` seconds."""
-    last = time.monotonic()
-
-    def progress(done: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= every:
-            last = time.monotonic()
-            report(f"{100 * done // max(total, 1)} % of {total} walks")
-
-    return progress

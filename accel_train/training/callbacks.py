@@ -28,6 +28,8 @@ class LoopState:
     """Steps of one epoch."""
     schedule: Callable[[int], float] = field(default=lambda _step: 0.0, repr=False)
     """Learning rate of update number ``step``, counted from 0."""
+    losses: dict[str, float] = field(default_factory=dict)
+    """Mean loss of every validation dataset, by its name, in the evaluation at hand."""
     _loss: torch.Tensor | None = field(default=None, repr=False)
     _grad_norm: torch.Tensor | None = field(default=None, repr=False)
 

@@ -22,7 +22,7 @@ import random
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -178,7 +178,9 @@ class Checkpointer:
                 "config_hash": self._config_hash,
                 "rng": [{"rank": rank, "sha256": digest} for rank, digest in enumerate(rng)],
             }
-            self._commit = self._thread.submit(self._finish, temporary, target, header, state.keep_step)
+            self._commit = self._thread.submit(
+                self._finish, temporary, target, header, {state.keep_step, state.best_step}
+            )
         self._newest = state.step
         return target
 
@@ -246,7 +248,7 @@ class Checkpointer:
             (directory / name).write_bytes(content)
         self._observer.reached(SAVE_HALF_WRITTEN)
 
-    def _finish(self, temporary: Path, target: Path, header: Mapping[str, Any], keep_step: int | None) -> None:
+    def _finish(self, temporary: Path, target: Path, header: Mapping[str, Any], kept: Container[int | None]) -> None:
         """Digest, seal, rename, rotate; in the background, on the main process."""
         try:
             self._observer.reached(COMMIT_BEGUN)
@@ -260,7 +262,7 @@ class Checkpointer:
         except OSError as error:
             raise self._given_up(temporary, header["step"], error) from error
         self._observer.reached(COMMIT_RENAMED)
-        self._rotate(keep_step)
+        self._rotate(kept)
 
     def _given_up(self, temporary: Path, step: int, error: Exception) -> CheckpointError:
         free = shutil.disk_usage(self.directory).free
@@ -270,9 +272,9 @@ class Checkpointer:
             f"({free / 1e6:.0f} MB free): {error}; earlier checkpoints are intact"
         )
 
-    def _rotate(self, keep_step: int | None) -> None:
+    def _rotate(self, kept: Container[int | None]) -> None:
         for step, path in list_checkpoints(self.directory)[: -self._config.keep_last]:
-            if step != keep_step:
+            if step not in kept:
                 # Renamed first: a kill in the middle of the removal leaves no torn checkpoint.
                 doomed = path.with_name(f"{TEMPORARY}rotated-{path.name}-{secrets.token_hex(4)}")
                 try:

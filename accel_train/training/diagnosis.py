@@ -1,4 +1,4 @@
-"""Which parameter or activation was the first that is not finite: asked only when training has stopped."""
+"""What stopped training: asked only when it has stopped."""
 
 from __future__ import annotations
 
@@ -23,6 +23,13 @@ class NonFinite(RuntimeError):
             f"training stopped at step {step}: the loss or a gradient is not finite; first: {where}. "
             "Checkpoints of earlier steps are intact; a lower training.learning_rate or a look at that data may help"
         )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was not enough memory, on whatever device: torch raises a plain ``RuntimeError`` on the CPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def first_bad_tensor(model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], torch.Tensor]) -> str | None:

@@ -106,6 +106,26 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
+def require_data(saved: Mapping[str, str], here: Mapping[str, str], step: int, cure: str) -> None:
+    """Refuse a checkpoint that saw other data.
+
+    Args:
+        saved: SHA-256 (hex) of what the checkpoint's data is made of, by name.
+        here: the same of the data at hand.
+        step: of the checkpoint.
+        cure: what the user can do about it.
+
+    Raises:
+        CheckpointError: names both digests.
+    """
+    for name, digest in here.items():
+        if saved.get(name) != digest:
+            raise CheckpointError(
+                f"the checkpoint of step {step} was trained on the {name} with SHA-256 {saved.get(name)}, here is the "
+                f"{name} with SHA-256 {digest}; put the former back, or {cure}"
+            )
+
+
 def require_configuration(path: Path, config_hash: str, cure: str) -> None:
     """Refuse checkpoint ``path`` unless it was written under the configuration with this hash.
 

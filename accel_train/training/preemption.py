@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -105,6 +105,24 @@ def leaving_on_stop_signals(code: int) -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+def tied_to_this_process(line: Sequence[str]) -> list[str]:
+    """A command that becomes ``line`` and gets SIGTERM when this process dies, however it dies (Linux)."""
+    # Not between fork and exec: in a process with threads only signal-safe calls are allowed there.
+    code = f"import sys; from {__name__} import _become; _become({os.getpid()}, sys.argv[1:])"
+    return [sys.executable, "-c", code, *line]
+
+
+def _become(parent: int, line: list[str]) -> None:
+    _ask_for_sigterm_when_parent_dies()
+    if os.getppid() == parent:  # otherwise it died before it could be asked for
+        os.execvp(line[0], line)
+
+
+def _ask_for_sigterm_when_parent_dies() -> None:
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
 def ask_for_sigterm_when_launcher_dies() -> bool:
     """What :meth:`StopSignal.die_with_launcher` asks of the kernel; returns whether the launcher is dead already.
 
@@ -114,7 +132,7 @@ def ask_for_sigterm_when_launcher_dies() -> bool:
     if not _under_launcher() or not sys.platform.startswith("linux"):
         return False
     parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    _ask_for_sigterm_when_parent_dies()
     # The launcher may have died before the request was registered.
     return _is_orphan_of(parent)
 

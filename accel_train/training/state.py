@@ -40,12 +40,18 @@ class TrainingState:
     """The evaluation that belongs to this step has not been done."""
     keep_step: int | None = None
     """Step of the checkpoint that rotation must keep: the first that passed the gate."""
+    best_step: int | None = None
+    """Step of the checkpoint with the lowest validation loss so far, which rotation keeps as well."""
+    best_loss: float | None = None
+    """That loss, in nats per token."""
     stopped: bool = False
     """The evaluator ended training before the budget was used."""
     world_sizes: list[int] = field(default_factory=list)
     """Number of processes of every launch so far."""
     resumes: list[dict[str, Any]] = field(default_factory=list)
     """Every resume: step, number of processes, and what differed."""
+    data: dict[str, str] = field(default_factory=dict)
+    """Digest of everything that the data is made of, by name, as the task gave it."""
     arithmetic: dict[str, str] = field(default_factory=dict)
     """Precision, compilation and sharding in force: see ``runtime.arithmetic``."""
     machine: dict[str, Any] = field(default_factory=dict)

@@ -12,17 +12,24 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._running: list[tuple[str, float, float]] = []
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Add the block's seconds to ``phase``, less those of phases timed inside it."""
-        inner, started = sum(self.seconds.values()), time.perf_counter()
+        self._running.append((phase, sum(self.seconds.values()), time.perf_counter()))
         try:
             yield
         finally:
-            nested = sum(self.seconds.values()) - inner
-            elapsed = time.perf_counter() - started
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed - nested
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + self._of(self._running.pop())
+
+    def _of(self, block: tuple[str, float, float]) -> float:
+        _, inner, started = block
+        return time.perf_counter() - started - (sum(self.seconds.values()) - inner)
+
+    def so_far(self, phase: str) -> float:
+        """Seconds of ``phase``, with those of a block that goes on; ask for it in no other phase inside that block."""
+        return self.seconds.get(phase, 0.0) + sum(self._of(block) for block in self._running if block[0] == phase)
 
     def idle_of(self, phase: str) -> float:
         """Seconds counted under any other phase than ``phase``."""

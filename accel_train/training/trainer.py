@@ -35,7 +35,7 @@ from accel_train.training.diagnosis import NonFinite, first_bad_tensor
 from accel_train.training.hooks import Hooks
 from accel_train.training.ledger import Ledger
 from accel_train.training.losses import next_token_cross_entropy
-from accel_train.training.manifest import CheckpointError
+from accel_train.training.manifest import CheckpointError, require_data
 from accel_train.training.optimizer import build_optimizer
 from accel_train.training.plan import Plan
 from accel_train.training.preemption import StopSignal
@@ -49,6 +49,7 @@ from accel_train.training.runtime import (
 )
 from accel_train.training.state import TrainingState
 from accel_train.training.stopwatch import Stopwatch
+from accel_train.training.validation import Share, mean_loss
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 Evaluator = Callable[[nn.Module, LoopState, Callable[[], bool]], dict[str, Any]]
 """``evaluator(model, loop_state, should_stop)``: called on the main process with the unwrapped
 model; returns JSON values. ``"passed": True`` marks the checkpoint to keep, ``"stop": True`` ends
-training. The training's random states are put back after it."""
+training, ``"samples"`` are handed to the callbacks and not kept in the state. The training's random
+states are put back after it."""
 
 
 class Preempted(Exception):
@@ -79,6 +81,10 @@ class Trainer:
         config: the loop's configuration.
         loss_fn: ``loss_fn(model, batch)`` returns a scalar mean; default next-token cross-entropy.
         evaluate: see :data:`Evaluator`; after every epoch, or every ``eval_interval`` steps, and at the end.
+        validation: held-out datasets by name, each a map-style dataset as ``dataset`` is. Their mean loss per token,
+            over all ranks, is measured whenever an evaluation is due and stands in ``loop_state.losses``
+            and, as ``<name>_loss``, among the evaluation's ``metrics``. The checkpoint with the lowest loss on
+            ``val`` is kept.
         callbacks: see :class:`Callback`.
         run_dir: where ``checkpoints/`` goes; ``fit`` resumes from there. None: nothing is written.
         checkpoint: when and which checkpoints are kept.
@@ -86,6 +92,7 @@ class Trainer:
         hooks: forward and update hooks, already built.
         config_hash: identifies the experiment in the manifest; default: the hash of ``config``, seed and size.
         extra_files: small files stored in every checkpoint.
+        data_digests: what the data is made of, by name; a checkpoint that saw other data is refused.
         accelerator: as :func:`build_accelerator` returns it; default: built here.
         coordinator: agreement between the ranks, whose stop flag somebody sets; default: made here, and
             ``fit`` handles the stop signals itself when there is a run directory.
@@ -105,6 +112,7 @@ class Trainer:
         *,
         loss_fn: LossFunction = next_token_cross_entropy,
         evaluate: Evaluator | None = None,
+        validation: Mapping[str, Any] | None = None,
         callbacks: Sequence[Callback] = (),
         run_dir: str | Path | None = None,
         checkpoint: CheckpointConfig | None = None,
@@ -112,6 +120,7 @@ class Trainer:
         hooks: Hooks | None = None,
         config_hash: str | None = None,
         extra_files: Mapping[str, bytes] | None = None,
+        data_digests: Mapping[str, str] | None = None,
         accelerator: Accelerator | None = None,
         coordinator: Coordinator | None = None,
         logs: Sequence[Path] = (),
@@ -131,6 +140,8 @@ class Trainer:
         self._stop = self._coordinator.stop
         self._loss_fn = loss_fn
         self._evaluate_fn = evaluate
+        self._validation = {name: DatasetWithIds(each) for name, each in (validation or {}).items()}
+        self._data_digests = dict(data_digests or {})
         self._hooks = hooks
         self._callbacks = tuple(callbacks)
         self._on_step_end = overriding(self._callbacks, "on_step_end")
@@ -245,7 +256,7 @@ class Trainer:
         restored = self._checkpointer.load() if self._checkpointer is not None else None
         in_force, here = arithmetic(self.accelerator), machine(self.accelerator)
         if restored is None:
-            self.state = TrainingState(arithmetic=in_force, machine=here)
+            self.state = TrainingState(arithmetic=in_force, machine=here, data=self._data_digests)
             # Dropout must differ between ranks; weights are already equal.
             set_seed(derive_rank_seed(self.seed, 0, self._coordinator.rank))
         else:
@@ -264,6 +275,7 @@ class Trainer:
                     f"the checkpoint of step {state.step} was trained with {name} = {state.arithmetic.get(name)!r}, "
                     f"this launch has {value!r}; launch it as before, or start over with --fresh"
                 )
+        require_data(state.data, self._data_digests, state.step, "start over with --fresh")
         changes = {k: [state.machine.get(k), v] for k, v in here.items() if state.machine.get(k) != v}
         for name, (before, now) in changes.items():
             log.warning("resuming with %s = %r instead of %r: the bits may differ", name, now, before)
@@ -373,7 +385,7 @@ class Trainer:
         every = self.checkpoint_config.every_steps
         if every is not None and state.step % every == 0:
             self._commit()
-        if self._coordinator.poll(self._checkpointer.failure if self._checkpointer is not None else None):
+        if self._coordinator.poll(self._background_failure):
             self._preempt()
         return False
 
@@ -389,21 +401,54 @@ class Trainer:
         epoch_ended = state.step_in_epoch == 0 or is_last
         done = bool(state.evaluations) and state.evaluations[-1]["step"] == state.step
         wanted = interval is None or state.step % interval == 0 or is_last
-        if self._evaluate_fn is not None and wanted and not done:
-            verdict = self._run_evaluator()
+        if (self._evaluate_fn is not None or self._validation) and wanted and not done:
+            verdict = self._judge()
             evaluation = {"step": state.step, "epoch": self.plan.epoch_of(state.step), **verdict}
-            state.evaluations.append(evaluation)
+            state.evaluations.append({name: value for name, value in evaluation.items() if name != "samples"})
             state.stopped = bool(verdict.get("stop"))
             if verdict.get("passed") and state.keep_step is None:
                 state.keep_step = state.step
             for callback in self._callbacks:
                 callback.on_evaluate(loop, evaluation)
         state.evaluation_due = False
-        if epoch_ended or state.stopped or state.keep_step == state.step:
+        if epoch_ended or state.stopped or state.step in {state.keep_step, state.best_step}:
             self._commit()
         if epoch_ended:
             for callback in self._callbacks:
                 callback.on_epoch_end(loop)
+
+    def _judge(self) -> dict[str, Any]:
+        """Losses on the validation datasets, by all ranks; then the evaluator's verdict, if there is one."""
+        state = self.state
+        self.loop_state.losses = {}
+        if self._validation:
+            with self.clock.timed("evaluation"):
+                self.loop_state.losses = {name: self._mean_loss(each) for name, each in self._validation.items()}
+            best = self.loop_state.losses.get("val", math.inf)
+            if best < (math.inf if state.best_loss is None else state.best_loss):
+                state.best_step, state.best_loss = state.step, best
+        verdict = self._run_evaluator() if self._evaluate_fn is not None else {}
+        losses = {f"{name}_loss": loss for name, loss in self.loop_state.losses.items()}
+        return {**verdict, "metrics": {**losses, **verdict.get("metrics", {})}} if losses else verdict
+
+    def _mean_loss(self, dataset: DatasetWithIds) -> float:
+        plan = self.plan
+
+        def leave_if_asked() -> None:
+            if self._coordinator.poll(self._background_failure):
+                self._preempt()
+
+        def gather(sums: Any) -> list[Any]:
+            if self._coordinator.drain():
+                self._preempt()
+            return self._coordinator.gather("validation loss", sums)
+
+        share = Share(plan.rank, plan.world_size, plan.micro_batch, leave_if_asked, gather)
+        return mean_loss(self.model, dataset, self._loss_fn, self.accelerator.device, share)
+
+    @property
+    def _background_failure(self) -> BaseException | None:
+        return self._checkpointer.failure if self._checkpointer is not None else None
 
     def _run_evaluator(self) -> dict[str, Any]:
         assert self._evaluate_fn is not None

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
-import socket
 import subprocess
 import sys
 import time
@@ -32,6 +30,7 @@ from harness import (
     run_dir,
     write_config,
 )
+from warm import rank_environments
 
 from accel_train.training.manifest import list_checkpoints, verify
 
@@ -49,16 +48,6 @@ def fault(point: str, mark: Path, do: str = "kill", **details: Any) -> str:
 def start(config: Path, world: int, *arguments: str, **env: str | None) -> subprocess.Popen[str]:
     """Launch :mod:`faulty_train`; ``FAULT=fault(...)`` says what is to go wrong."""
     return launch(config, world, *arguments, script=SCRIPT, **env)
-
-
-def rank_environments(world: int, **env: str | None) -> list[dict[str, str]]:
-    """The environments of ranks that no launcher starts; one process is no rank, and as little distributed as alone."""
-    if world <= 1:
-        return [environment(**env)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    return [environment(**meeting | env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)]
 
 
 def start_ranks(
@@ -98,12 +87,7 @@ def train(
     """
     if fresh:
         return run(config, world, *arguments, script=SCRIPT, expect=expect, **env)
-    output = config.parent / f"output-{secrets.token_hex(4)}.txt"
-    line = [str(SCRIPT), "--config", str(config), *arguments]
-    code = warm.run_ranks(line, rank_environments(world, **env), output, timeout=150)
-    printed = output.read_text()
-    assert expect is None or code == expect, printed
-    return printed
+    return warm.fork(config, world, *arguments, script=SCRIPT, expect=expect, **env)
 
 
 def accel_train(*arguments: object) -> Shown:

@@ -25,7 +25,7 @@ def silent(_phase: str, _what: str) -> None:
 def test_the_whole_corpus_obeys_every_rule(tmp_path: Path, example: Path) -> None:
     config, _ = parse_config(["--config", str(example)])
     task = WalksTask(config)
-    task.check()
+    task.check(silent, lambda: False)
     artifacts = Path(task.build(tmp_path, silent, lambda: False))
     walks = np.load(artifacts / "train.npy", mmap_mode="r")
     assert walks.shape == (config.walks.num_walks, config.walks.walk_length)

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,11 +19,11 @@ from harness import (
     metrics,
     outcome,
     record,
-    run,
     run_dir,
     wait_for,
     write_config,
 )
+from warm import fork
 
 LONG = {"training": {"max_epochs": 400, "log_interval": 2}, "walks": {"num_walks": 244}}
 
@@ -53,11 +54,23 @@ def stop_when_training(config: Path, results: Path, world: int, send, *, after: 
     return process.returncode, output, seconds
 
 
+SHORT = {"training": {"max_epochs": 15, "log_interval": 2}}
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run that nobody stops ends with."""
+    directory = tmp_path_factory.mktemp("untouched")
+    fork(write_config(directory / "c.yaml", TINY, SHORT, {"output_dir": str(directory / "results")}), 0)
+    return outcome(directory / "results")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_one_process_saves_and_leaves_with_75_and_ends_with_the_same_bits(tmp_path: Path, number: int) -> None:
+def test_one_process_saves_and_leaves_with_75_and_ends_with_the_same_bits(
+    tmp_path: Path, number: int, untouched: dict[str, Any]
+) -> None:
     results = tmp_path / "results"
-    short = {"output_dir": str(results), "training": {"max_epochs": 40, "log_interval": 2}}
-    config = write_config(tmp_path / "c.yaml", TINY, short)
+    config = write_config(tmp_path / "c.yaml", TINY, SHORT, {"output_dir": str(results)})
     code, output, seconds = stop_when_training(config, results, 0, lambda process: process.send_signal(number))
     assert code == 75, output
     assert "run the same command again" in output
@@ -66,12 +79,9 @@ def test_one_process_saves_and_leaves_with_75_and_ends_with_the_same_bits(tmp_pa
     assert found["status"] == "preempted"
     step = len(found["curves"]["train_loss"])
     assert checkpoints(results)[-1].name == f"step_{step:07d}"
-    run(config, 0)
+    fork(config, 0)
     assert record(results)["provenance"]["resumes"][0]["step"] == step
-
-    untouched = write_config(tmp_path / "d.yaml", TINY, short, {"output_dir": str(tmp_path / "other")})
-    run(untouched, 0)
-    assert outcome(results) == outcome(tmp_path / "other")
+    assert outcome(results) == untouched
 
 
 @pytest.mark.parametrize("target", ["launcher", "one worker"])

@@ -6,23 +6,25 @@ from pathlib import Path
 
 import pytest
 from harness import TINY, outcome, record, run, write_config
+from warm import fork
 
 HOOKS = {"hooks": {"update": ["killing:at_step"]}}
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_sigkill_in_mid_epoch_changes_no_bit(tmp_path: Path, world: int) -> None:
-    """Killed twice within the second epoch and once in the third, with dropout."""
+    """Killed twice within the second epoch and once in the third, with dropout; two processes under a launcher."""
+    train = run if world == 2 else fork
     left_alone = write_config(tmp_path / "a.yaml", TINY, HOOKS, {"output_dir": str(tmp_path / "a")})
     killed = write_config(tmp_path / "b.yaml", TINY, HOOKS, {"output_dir": str(tmp_path / "b")})
-    run(left_alone, world)
+    train(left_alone, world)
 
     for step in (25, 31, 50):
         mark = tmp_path / f"killed at {step}"
-        output = run(killed, world, expect=None, KILL_AT_STEP=str(step), KILL_MARK=str(mark))
+        output = train(killed, world, expect=None, KILL_AT_STEP=str(step), KILL_MARK=str(mark))
         assert mark.exists(), output
         assert record(tmp_path / "b")["status"] == "running"
-    run(killed, world)
+    train(killed, world)
 
     expected, found = outcome(tmp_path / "a"), outcome(tmp_path / "b")
     assert found["checkpoint"] == "step_0000060"
@@ -41,11 +43,11 @@ def test_sigkill_changes_no_bit_under_accumulation_and_evaluation_within_epochs(
     mode = {"training": {"gradient_accumulation_steps": 2, "eval_interval": 7}}
     left_alone = write_config(tmp_path / "a.yaml", TINY, HOOKS, mode, {"output_dir": str(tmp_path / "a")})
     killed = write_config(tmp_path / "b.yaml", TINY, HOOKS, mode, {"output_dir": str(tmp_path / "b")})
-    run(left_alone, 2)
+    fork(left_alone, 2)
     mark = tmp_path / "killed"
-    run(killed, 2, expect=None, KILL_AT_STEP="32", KILL_MARK=str(mark))
+    fork(killed, 2, expect=None, KILL_AT_STEP="32", KILL_MARK=str(mark))
     assert mark.exists()
-    run(killed, 2)
+    fork(killed, 2)
     assert outcome(tmp_path / "b") == outcome(tmp_path / "a")
     assert len(record(tmp_path / "a")["curves"]["rule_compliance"]) == 60 // 7 + 1
 
@@ -54,7 +56,7 @@ def test_one_and_two_processes_consume_the_same_data_and_agree_on_the_losses(tmp
     no_dropout = {"model": {"dropout": 0.0}}
     for world in (1, 2):
         out = {"output_dir": str(tmp_path / str(world))}
-        run(write_config(tmp_path / f"{world}.yaml", TINY, no_dropout, out), world)
+        fork(write_config(tmp_path / f"{world}.yaml", TINY, no_dropout, out), world)
     one, two = record(tmp_path / "1"), record(tmp_path / "2")
     assert one["provenance"]["data_fingerprint"] == two["provenance"]["data_fingerprint"]
     assert two["provenance"]["world_sizes"] == [2]

@@ -18,7 +18,7 @@ from harness import ROOT, TINY, Shown, checkpoints, command, environment, metric
 
 from accel_train.config import TrainingConfig
 from accel_train.data.windows import WalkDataset
-from accel_train.experiment import load_model
+from accel_train.inference import load_model
 from accel_train.record import load_schema, load_sufficient_runs
 from accel_train.training.coordination import PeerFailed
 from accel_train.training.losses import next_token_cross_entropy

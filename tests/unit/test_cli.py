@@ -37,22 +37,36 @@ def write(tmp_path):
 def experiment(monkeypatch):
     """A stand-in for the module that does the work; records its calls."""
 
-    class CheckpointError(Exception):
-        pass
-
     module = types.ModuleType("accel_train.experiment")
     module.calls = []
-    module.CheckpointError = CheckpointError
-    module.CorpusError = type("CorpusError", (Exception,), {})
 
     def run(config, *, earlier, command, observer):
         module.calls.append((config, earlier, command))
         return 75
 
     module.run = run
-    module.evaluate = lambda run_dir: {"run": str(run_dir), "passed": True, "metrics": {"loss": float("nan")}}
-    module.generate_samples = lambda _run_dir, num: [[1, 2, 3]] * num
     monkeypatch.setitem(sys.modules, "accel_train.experiment", module)
+    return module
+
+
+@pytest.fixture
+def inference(monkeypatch):
+    """A stand-in for the module that uses finished runs; ``texts`` are runs of the text task."""
+    module = types.ModuleType("accel_train.inference")
+    for name in ("CheckpointError", "CorpusError", "TokenizerError"):
+        setattr(module, name, type(name, (Exception,), {}))
+    module.calls = []
+    module.TextOptions = lambda **options: options
+    module.task_of = lambda run_dir: "text" if run_dir.name == "texts" else "walks"
+    module.evaluate = lambda run_dir: {"run": str(run_dir), "passed": True, "metrics": {"loss": float("nan")}}
+    module.generate_walks = lambda _run_dir, num: ["1 2 3\n"] * num
+
+    def generate_text(_run_dir, options):
+        module.calls.append(options)
+        yield from ("Había", " una", " vez\n")
+
+    module.generate_text = generate_text
+    monkeypatch.setitem(sys.modules, "accel_train.inference", module)
     return module
 
 
@@ -308,6 +322,7 @@ def results(tmp_path):
             record["metrics"]["scalars"] |= {
                 "final_edge_compliance": 0.9876,
                 "final_rule_compliance": 0.8765,
+                "final_val_loss": 4.3217,
                 "epochs_trained": 4,
             }
         (tmp_path / name).mkdir()
@@ -319,10 +334,10 @@ def test_runs_are_a_table_with_aligned_columns(results, capsys):
     assert main(["runs", str(results)]) == 0
 
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["ID", "STATUS", "EPOCHS", "GATE", "EDGE", "RULE", "AGE"]
+    assert lines[0].split() == ["ID", "STATUS", "EPOCHS", "GATE", "EDGE", "RULE", "LOSS", "AGE"]
     rows = {line.split()[0]: line for line in lines[1:]}
     assert rows.keys() == {"good", "missed", "cut"}
-    assert rows["good"].split()[1:6] == ["completed", "4", "passed", "0.988", "0.876"]
+    assert rows["good"].split()[1:7] == ["completed", "4", "passed", "0.988", "0.876", "4.322"]
     assert rows["cut"].split()[1] == "interrupted"
     assert {row.index(row.split()[1]) for row in rows.values()} == {lines[0].index("STATUS")}
 
@@ -364,21 +379,63 @@ def test_runs_do_not_import_torch(results):
 # -- evaluate, generate --------------------------------------------------------------------
 
 
-def test_evaluation_is_printed_as_strict_json(experiment, capsys):
+def test_evaluation_is_printed_as_strict_json(inference, capsys):
     assert main(["evaluate", "results/x"]) == 0
     assert json.loads(capsys.readouterr().out) == {"run": "results/x", "passed": True, "metrics": {"loss": None}}
 
 
-def test_samples_are_printed_one_per_line(experiment, capsys):
+def test_walks_are_printed_one_per_line(inference, capsys):
     assert main(["generate", "results/x", "--num", "2"]) == 0
     assert capsys.readouterr().out == "1 2 3\n1 2 3\n"
 
 
-def test_damaged_checkpoints_are_a_failure(experiment, capsys):
-    def fail(_run_dir):
-        raise experiment.CheckpointError("every checkpoint is damaged")
+def test_text_is_printed_as_it_comes_with_the_options_that_were_given(inference, capsys):
+    line = [
+        "generate",
+        "results/texts",
+        "--prompt",
+        "Había",
+        "--max-tokens",
+        "7",
+        "--top-p",
+        "0.9",
+        "--temperature",
+        "0",
+    ]
+    assert main(line) == 0
+    assert capsys.readouterr().out == "Había una vez\n"
+    assert inference.calls == [{"prompt": "Había", "max_tokens": 7, "top_p": 0.9, "temperature": 0.0}]
 
-    experiment.evaluate = fail
+
+def test_an_option_for_text_is_refused_for_walks(inference, capsys):
+    assert main(["generate", "results/x", "--top-k", "3"]) == 2
+    assert "--top-k: 3 is for runs of the text task" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--top-k", "0", "'0' is not a positive whole number"),
+        ("--top-p", "1.5", "'1.5' is not a number above 0 to 1"),
+        ("--top-p", "0", "'0' is not a number above 0 to 1"),
+        ("--temperature", "-1", "'-1' is not a number at least 0"),
+        ("--temperature", "hot", "'hot' is not a number at least 0"),
+    ],
+)
+def test_a_wrong_option_of_generate_is_one_line(option, value, says, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "results/texts", f"{option}={value}"])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_damaged_checkpoints_are_a_failure(inference, capsys):
+    def fail(_run_dir):
+        raise inference.CheckpointError("every checkpoint is damaged")
+
+    inference.evaluate = fail
     assert main(["evaluate", "results/x"]) == 1
     assert capsys.readouterr().err == "accel-train: error: every checkpoint is damaged\n"
 

@@ -187,6 +187,27 @@ def test_output_directory_must_be_writable_and_is_not_created(tmp_path, monkeypa
 
 # -- hash and names ------------------------------------------------------------------------
 
+OF_TEXT = {
+    "gate.val_loss_threshold",
+    "gate.overfit_gap_threshold",
+    "gate.repetition_threshold",
+    "gate.language_threshold",
+    "gate.loss_rises_threshold",
+    "gate.latency_p95_ms_threshold",
+    "gate.rss_mb_threshold",
+}
+OF_WALKS = {
+    "gate.num_sequences",
+    "gate.prompt_length",
+    "gate.edge_threshold",
+    "gate.rule_threshold",
+    "gate.sampled_rule_threshold",
+    "gate.rule_lift_threshold",
+    "gate.min_rule_checks",
+    "gate.unscorable_rules",
+}
+
+
 LEFT_OUT = {
     "name",
     "description",
@@ -202,6 +223,7 @@ LEFT_OUT = {
     "checkpoint.verify",
     "tracking.log_with",
     "tracking.project",
+    *OF_TEXT,
 }
 """Fields that cannot change the trained bits. ``init_from`` enters the hash as its weights' digest."""
 
@@ -212,6 +234,14 @@ def test_hash_covers_every_field_but_those_listed():
 
     assert {name for name in every - hashed if not name.startswith("text.")} == LEFT_OUT
     assert not [name for name in hashed if name.startswith("text.")]  # the other task's section
+
+
+def test_hash_of_the_text_task_covers_its_own_fields():
+    config = ExperimentConfig(task="text")
+    hashed, every = set(leaves(hashed_fields(config))), set(leaves(to_dict(config)))
+    left_out = {name for name in every - hashed if name.partition(".")[0] not in {"graph", "rules", "walks"}}
+    assert left_out == (LEFT_OUT - OF_TEXT) | OF_WALKS | {"text.download_timeout", "text.download_attempts"}
+    assert not [name for name in hashed if name.partition(".")[0] in {"graph", "rules", "walks"}]
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,13 @@ from accel_train.config import (
     WalksConfig,
     run_directory,
 )
-from accel_train.experiment import resolve_init, run
+from accel_train.experiment import run
 from accel_train.interrupt import Interrupted
 from accel_train.run_record import RecordKeeper
+from accel_train.tasks.base import Evaluation
 from accel_train.tasks.walks import WalksTask
 from accel_train.training.manifest import list_checkpoints
+from accel_train.weights import resolve_init
 
 TINY = ExperimentConfig(
     graph=GraphConfig(n=20, K=2, p_in=0.6, p_out=0.3),
@@ -138,7 +140,7 @@ def test_an_evaluation_done_twice_stands_once_in_the_log(tmp_path, monkeypatch):
     directory = run_directory(config)
     evaluate = WalksTask.evaluate
 
-    def interrupted(task, model, should_stop):
+    def interrupted(task, model, losses, should_stop):
         os.kill(os.getpid(), signal.SIGTERM)
         assert should_stop()
         raise Interrupted("stopped")
@@ -196,8 +198,9 @@ def test_a_pass_before_the_last_epoch_stays_in_the_record(tmp_path, monkeypatch)
     evaluate = WalksTask.evaluate
     verdicts = iter([True, False])
 
-    def alternating(task, model, should_stop):
-        return dataclasses.replace(evaluate(task, model, should_stop), passed=next(verdicts), failure_reason=None)
+    def alternating(task, *arguments):
+        verdict = evaluate(task, *arguments).verdict
+        return Evaluation(dataclasses.replace(verdict, passed=next(verdicts), failure_reason=None))
 
     monkeypatch.setattr(WalksTask, "evaluate", alternating)
     _, record = finished(tmp_path)

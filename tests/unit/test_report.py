@@ -61,3 +61,17 @@ def test_running_mean_recovers_after_a_missing_value():
     assert [means[0], means[3]] == [1.0, 4.0]
     assert math.isnan(means[1])
     assert math.isnan(means[2])
+
+
+@pytest.mark.parametrize("evaluations", [0, 1, 40])
+@pytest.mark.filterwarnings("error")
+def test_the_figure_of_a_text_run_is_drawn_for_every_length(tmp_path, evaluations):
+    record = make_record([5.0] * 300, [], ExperimentConfig(task="text"))
+    losses = [6.0 - 0.05 * number for number in range(evaluations)]
+    record["curves"] |= {"val_loss": losses, "probe_loss": losses, "val_bits_per_byte": losses} if losses else {}
+    path = tmp_path / "training_curves.png"
+
+    training_curves(record, path)
+
+    with Image.open(path) as image:
+        assert image.size == (1430, 546)

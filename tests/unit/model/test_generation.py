@@ -4,7 +4,7 @@ from torch import nn
 
 from accel_train.config import ModelConfig
 from accel_train.interrupt import Interrupted
-from accel_train.model.generation import _PlainLogits, _sample, generate
+from accel_train.model.generation import _PlainLogits, _sample, _Sampling, generate, stream
 from accel_train.model.transformer import TransformerLM
 
 VOCAB, CONTEXT = 11, 12
@@ -212,3 +212,61 @@ def test_the_cache_free_path_reads_what_hugging_face_models_return():
         logits = torch.zeros(1, 2, VOCAB)
 
     assert _PlainLogits(lambda tokens: Output, some_prompts(1, 2))(2).shape == (1, VOCAB)
+
+
+class TestRestrictedSampling:
+    LOGITS = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]]).log()
+
+    @pytest.mark.parametrize(
+        ("top_k", "top_p", "left"),
+        [
+            (None, None, [[0, 1, 2, 3], [0, 1, 2, 3]]),
+            (2, None, [[1, 3], [0, 1, 2, 3]]),  # equals stay together
+            (1, None, [[1], [0, 1, 2, 3]]),
+            (None, 0.6, [[1, 3], [0, 1, 2]]),
+            (None, 0.05, [[1], [0]]),
+            (None, 1.0, [[0, 1, 2, 3], [0, 1, 2, 3]]),
+            (3, 0.6, [[1, 3], [0, 1, 2]]),
+        ],
+    )
+    def test_only_the_likely_tokens_are_left(self, top_k, top_p, left):
+        restricted = _Sampling(1.0, top_k, top_p).restricted(self.LOGITS)
+        assert [row.isfinite().nonzero().flatten().tolist() for row in restricted] == left
+
+    def test_the_temperature_comes_first(self):
+        # At temperature 2 the distribution is flatter: more tokens are needed for the same probability.
+        left = [_Sampling(t, None, 0.62).restricted(self.LOGITS)[0].isfinite().sum() for t in (1.0, 2.0)]
+        assert left == [2, 3]
+
+    def test_top_1_is_greedy(self):
+        model, prompts = tiny(), some_prompts()
+        sampled = generate(model, prompts, CONTEXT, temperature=1.0, top_k=1, generator=seeded())
+        assert torch.equal(sampled, generate(model, prompts, CONTEXT))
+
+    @pytest.mark.parametrize(("name", "value"), [("top_k", 0), ("top_p", 0.0), ("top_p", 1.5)])
+    def test_a_value_out_of_range_is_refused(self, name, value):
+        with pytest.raises(ValueError, match=name):
+            generate(tiny(), some_prompts(), CONTEXT, temperature=1.0, generator=seeded(), **{name: value})
+
+
+class TestStream:
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_it_hands_out_what_generate_returns(self, temperature):
+        model, prompts = tiny(), some_prompts(num=1)
+        options = {"temperature": temperature, "top_k": 5, "top_p": 0.9}
+        whole = generate(model, prompts, 2 * CONTEXT, generator=seeded(3), **options)
+        count = 2 * CONTEXT - prompts.shape[1]
+        streamed = list(stream(model, prompts[0].tolist(), count, generator=seeded(3), **options))
+        assert streamed == whole[0, prompts.shape[1] :].tolist()
+
+    def test_between_tokens_gradients_are_as_whoever_takes_them_left_them(self):
+        for _ in stream(tiny(), [1, 2], 3, temperature=0.0):
+            assert torch.is_grad_enabled()
+
+    def test_the_mode_of_the_model_is_put_back(self):
+        model = tiny()
+        model.train()
+        tokens = stream(model, [1, 2], 3, temperature=0.0)
+        next(tokens)
+        tokens.close()
+        assert model.training

@@ -41,7 +41,7 @@ def never() -> bool:
 
 def opened(tmp_path, **sections) -> tuple[WalksTask, Any]:
     task = WalksTask(config(**sections))
-    task.check()
+    task.check(silent, never)
     return task, task.open(task.build(tmp_path, silent, never))
 
 
@@ -150,7 +150,7 @@ def test_thin_evidence_is_expected_aloud(tmp_path):
 )
 def test_a_gate_that_cannot_be_passed_is_refused_with_the_reason(sections, message):
     with pytest.raises(ConfigError, match=message):
-        WalksTask(config(**sections)).check()
+        WalksTask(config(**sections)).check(silent, never)
 
 
 def test_a_planted_violation_in_the_corpus_is_refused(tmp_path):
@@ -165,7 +165,7 @@ def test_a_planted_violation_in_the_corpus_is_refused(tmp_path):
 
 def test_a_model_that_knows_the_rules_passes(tmp_path):
     task, _ = opened(tmp_path)
-    verdict = task.evaluate(Oracle(np.asarray(task._held_out), task.graph.n), never)
+    verdict = task.evaluate(Oracle(np.asarray(task._held_out), task.graph.n), {}, never).verdict
     assert verdict.passed
     assert verdict.metrics["edge_compliance"] == verdict.metrics["rule_compliance"] == 1.0
     evidence = verdict.evidence
@@ -179,7 +179,7 @@ def test_a_model_that_knows_the_rules_passes(tmp_path):
 
 def test_the_same_figures_on_thin_evidence_do_not_pass(tmp_path):
     task, _ = opened(tmp_path, gate={"min_rule_checks": 2000})
-    verdict = task.evaluate(Oracle(np.asarray(task._held_out), task.graph.n), never)
+    verdict = task.evaluate(Oracle(np.asarray(task._held_out), task.graph.n), {}, never).verdict
     assert not verdict.passed
     assert "too few rule checks" in verdict.failure_reason
 
@@ -194,7 +194,7 @@ def test_the_record_exposes_a_rule_blind_bigram_model(tmp_path):
     )
     model = Bigram(task.graph.n)
     Trainer(model, dataset, task.config.training).fit()
-    verdict = task.evaluate(model, never)
+    verdict = task.evaluate(model, {}, never).verdict
     metrics, blind = verdict.metrics, verdict.metrics["rule_blind_compliance"]
     assert metrics["edge_compliance"] > 0.95, "the bigram model should know the edges"
     assert abs(metrics["sampled_rule_compliance"] - blind) < 0.15, "sampling shows it to be rule-blind"
@@ -218,7 +218,7 @@ class TwoCycle(nn.Module):
 
 def test_a_model_that_runs_in_a_circle_shows_in_the_evidence(tmp_path):
     task, _ = opened(tmp_path)
-    evidence = task.evaluate(TwoCycle(task.graph.n), never).evidence
+    evidence = task.evaluate(TwoCycle(task.graph.n), {}, never).verdict.evidence
     assert evidence["distinct_sequences"] > 100, "the prompts differ, so the sequences do"
     assert evidence["distinct_transitions"] < 100
 
@@ -227,8 +227,8 @@ def test_the_evaluation_can_be_interrupted_and_leaves_the_global_rng(tmp_path):
     task, _ = opened(tmp_path)
     model = Bigram(task.graph.n)
     with pytest.raises(Interrupted):
-        task.evaluate(model, lambda: True)
+        task.evaluate(model, {}, lambda: True)
     before = torch.get_rng_state()
-    first = task.evaluate(model, never)
+    first = task.evaluate(model, {}, never)
     assert torch.equal(torch.get_rng_state(), before)
-    assert task.evaluate(model, never) == first
+    assert task.evaluate(model, {}, never) == first

@@ -66,3 +66,20 @@ def test_nested_phases_count_for_themselves_only(monkeypatch):
         pass
     assert watch.seconds == {"evaluation": 3.0, "training": 7.0}
     assert watch.idle_of("training") == 3.0
+
+
+def test_a_block_that_goes_on_counts_without_the_phases_inside_it(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("accel_train.training.stopwatch.time.perf_counter", lambda: now[0])
+    watch = Stopwatch()
+    with watch.timed("training"):
+        now[0] = 5.0
+    with watch.timed("training"):
+        now[0] = 8.0
+        with watch.timed("evaluation"):
+            now[0] = 10.0
+        assert watch.so_far("training") == 8.0
+        now[0] = 11.0
+        assert watch.so_far("training") == 9.0
+        assert watch.so_far("checkpoint") == 0.0
+    assert watch.so_far("training") == watch.seconds["training"] == 9.0

@@ -2,7 +2,7 @@
 
 For runs left alone, for reruns, and for faults that a process does to itself. What a launcher does, what a
 signal from outside does, and what a process does at its start or in its last moments (``atexit``, the end of
-the interpreter) takes a fresh launch: ``faults.start``, or ``faults.train(fresh=True)``.
+the interpreter) takes a fresh launch: ``harness.run`` and ``harness.launch``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import secrets
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +21,7 @@ from pathlib import Path
 from unittest import mock
 
 import psutil
-from harness import environment
+from harness import SCRIPT, environment
 
 _ranks = multiprocessing.get_context("forkserver")
 # torch._dynamo and matplotlib come with the first optimizer and the first figure.
@@ -88,3 +90,28 @@ def run_ranks(argv: Sequence[str], envs: Sequence[Mapping[str, str]], output: Pa
             process.kill()
         for rank in begun:
             rank.join()
+
+
+def rank_environments(world: int, **env: str | None) -> list[dict[str, str]]:
+    """The environments of ranks that no launcher starts; one process is no rank, and as little distributed as alone."""
+    if world <= 1:
+        return [environment(**env)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return [environment(**meeting | env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)]
+
+
+def fork(
+    config: Path, world: int, *arguments: str, script: Path = SCRIPT, expect: int | None = 0, **env: str | None
+) -> str:
+    """Run the training script to its end in ``world`` forked processes (0 or 1: a single one); returns the output.
+
+    ``expect`` is the exit code that it must have, of several ranks that of the first to fail; None for any.
+    """
+    output = config.parent / f"output-{secrets.token_hex(4)}.txt"
+    line = [str(script), "--config", str(config), *arguments]
+    code = run_ranks(line, rank_environments(world, **env), output, timeout=150)
+    printed = output.read_text()
+    assert expect is None or code == expect, printed
+    return printed

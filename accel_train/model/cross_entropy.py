@@ -1,0 +1,92 @@
+"""The output layer and its cross-entropy in one, without ever holding all logits.
+
+With a vocabulary of thousands the logits are the largest tensor of a small model by far: the
+anchor of the text task would write and read 131 MB of them several times in every step. Here a
+few hundred rows at a time go through the output layer; while their probabilities are in the
+cache, the gradients are made as well, so that the backward pass only scales them. (The idea is
+that of Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models", without its
+special kernels.) The price is memory for the gradients from the forward pass on: as much as the
+output layer and its input.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+CHUNK_ELEMENTS = 1 << 23
+"""Logits at a time: 32 MiB in float32, the fastest of 2 MiB to 64 MiB on two CPU cores (docs/notes.md)."""
+IGNORED = -100
+"""A target that counts for nothing, as in ``torch.nn.functional.cross_entropy``."""
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats, of the logits ``x @ weight.T``.
+
+    Args:
+        x: ``(rows, width)``.
+        weight: of the output layer, ``(vocab, width)``.
+        targets: int64 ``(rows,)``; :data:`IGNORED` ones are left out of the mean.
+
+    Returns:
+        A float32 scalar; NaN when every target is ignored.
+    """
+    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, wants_gradient)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Everything in the forward pass; the backward pass scales."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, wants_gradient: bool) -> Tensor:
+        chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        plain = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+        total = x.new_zeros((), dtype=torch.float32)
+        # In float32: divided by the number of rows the entries would be too small for float16.
+        x_gradient = x.new_empty(x.shape if wants_gradient else 0, dtype=torch.float32)
+        weight_gradient = weight.new_zeros(weight.shape if wants_gradient else 0, dtype=torch.float32)
+        # One buffer for all: fresh memory for every chunk costs a third of the time on a CPU.
+        buffer = x.new_empty(min(chunk, len(x)), weight.shape[0], dtype=torch.float32)
+        for start in range(0, len(x), chunk):
+            part, wanted = x[start : start + chunk], targets[start : start + chunk]
+            counts = (wanted != IGNORED).unsqueeze(1)
+            index = wanted.clamp(min=0).unsqueeze(1)
+            logits = buffer[: len(part)]
+            if plain:
+                torch.mm(part, weight.t(), out=logits)
+            else:
+                logits.copy_(functional.linear(part, weight))
+            wanted_logit, largest = logits.gather(1, index), logits.amax(dim=1, keepdim=True)
+            probability = torch.softmax(logits, dim=1, out=logits)
+            # The largest probability is 1 over the sum of exponentials: no second pass of them is needed.
+            loss = largest - probability.amax(dim=1, keepdim=True).log() - wanted_logit
+            total += loss.masked_fill(~counts, 0.0).sum()
+            if not wants_gradient:
+                continue
+            gradient = probability.scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
+            # Ignored rows are left out of the two narrow factors, not of the wide one between them.
+            part_gradient, part = x_gradient[start : start + chunk], part * counts
+            if plain:
+                torch.mm(gradient, weight, out=part_gradient)
+                weight_gradient.addmm_(gradient.t(), part)
+            else:
+                gradient = gradient.to(part.dtype)
+                part_gradient.copy_(gradient @ weight.to(part.dtype))
+                weight_gradient += gradient.t() @ part
+            part_gradient.mul_(counts)
+        count = (targets != IGNORED).sum()
+        ctx.save_for_backward(x_gradient, weight_gradient, count)
+        ctx.dtypes = x.dtype, weight.dtype
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x_gradient, weight_gradient, count = ctx.saved_tensors
+        scale = gradients[0] / count
+        x_type, weight_type = ctx.dtypes
+        return (x_gradient * scale).to(x_type), (weight_gradient * scale).to(weight_type), None, None

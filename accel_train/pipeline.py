@@ -1,0 +1,578 @@
+"""``accel-train pipeline``: from a corpus to a validated model with one command.
+
+Five phases: prerequisites, corpus, tokenizer, training, validation. Each finds out by digests what
+is there already, does what is missing, and goes on with what was interrupted; the same command
+again does nothing twice. The exit code names the phase that failed:
+
+    0 success   1 prerequisites (and the command line)   2 corpus   3 tokenizer   4 training
+    5 validation   75 interrupted, with everything saved: the same command goes on
+
+Nothing that needs more than the standard library is imported until the prerequisites have been looked at, so that
+a missing package is an error for people.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from accel_train.training.preemption import StopSignal, leaving_on_stop_signals, tied_to_this_process
+
+if TYPE_CHECKING:
+    from accel_train.config import ExperimentConfig, TextConfig
+    from accel_train.observer import Observer
+    from accel_train.tasks.text import TextTask
+
+EXIT_SUCCESS, EXIT_PREREQUISITES, EXIT_CORPUS, EXIT_TOKENIZER, EXIT_TRAINING, EXIT_VALIDATION = range(6)
+EXIT_INTERRUPTED = 75
+
+PHASES = ("Prerequisites", "Corpus", "Tokenizer", "Training", "Validation")
+OPTIONS_FILE = "pipeline.json"
+METRICS_FILE = "training_metrics.json"
+REPORT_FILE = "validation_report.json"
+
+_OLDEST_PYTHON = (3, 11)
+_PACKAGES = (
+    "torch accelerate safetensors numpy scipy tqdm jsonargparse yaml tokenizers filelock matplotlib psutil".split()
+)
+_POLL_SECONDS = 0.05
+_SPARE_BYTES = 50_000_000
+_NOT_KEPT = ("resume", "fresh", "output_dir", "skip_corpus", "skip_tokenizer")
+
+
+class PhaseFailed(Exception):
+    """A phase cannot be completed.
+
+    Args:
+        code: the exit code.
+        message: what went wrong and what to do.
+    """
+
+    def __init__(self, code: int, message: str) -> None:
+        self.code = code
+        super().__init__(message)
+
+
+def pipeline_main(argv: Sequence[str] | None = None, *, observer: Observer | None = None) -> int:
+    """Run the pipeline; returns the exit code.
+
+    Args:
+        argv: options; by default those of this process.
+        observer: hears of every point at which a fault may fall.
+    """
+    try:
+        with leaving_on_stop_signals(EXIT_INTERRUPTED):
+            options = _parser().parse_args(sys.argv[1:] if argv is None else list(argv))
+            return _Pipeline(options, observer).run()
+    except PhaseFailed as failure:
+        print(f"accel-train pipeline: error: {failure}", file=sys.stderr)
+        return failure.code
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise PhaseFailed(EXIT_PREREQUISITES, f"{message}; see --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="accel-train pipeline",
+        description="Corpus, tokenizer, training, validation: one command. Run it again to go on, or to see that "
+        "nothing is left to do.",
+        epilog="exit codes: 0 success, 1 prerequisites, 2 corpus, 3 tokenizer, 4 training, 5 validation (a criterion "
+        "was missed, or the model is damaged), 75 interrupted: the same command goes on",
+        allow_abbrev=False,
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--corpus-path", metavar="PATH", help="text file, or directory of *.txt files")
+    source.add_argument("--corpus-url", metavar="URL", help="text file on the network (default: a built-in corpus)")
+    parser.add_argument("--corpus-sha256", metavar="HEX", help="digest that a downloaded corpus must have")
+    parser.add_argument("--tokenizer", choices=["char", "bpe", "unigram"], help="kind of tokenizer")
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="vocabulary of the tokenizer")
+    parser.add_argument("--epochs", type=int, metavar="N", help="epochs of training")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="windows per step")
+    parser.add_argument("--learning-rate", type=float, metavar="X", help="peak learning rate")
+    parser.add_argument("--max-seq-length", type=int, metavar="N", help="context length in tokens")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of everything random")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML of the text task that the options change (default: text_quick.yaml for the built-in corpus, "
+        "text_default.yaml for any other)",
+    )
+    parser.add_argument(
+        "--launcher",
+        metavar="COMMAND",
+        help="what starts the processes of training, such as 'accelerate launch --multi_gpu --num_processes 4' "
+        "(default: this process trains)",
+    )
+    parser.add_argument(
+        "--output-dir", metavar="DIR", default="results", help="where everything goes (default: results)"
+    )
+    parser.add_argument(
+        "--skip-corpus", action="store_true", help="neither fetch nor make a corpus: it must be there already"
+    )
+    parser.add_argument("--skip-tokenizer", action="store_true", help="train no tokenizer: it must be there already")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the options of the last call in this output directory"
+    )
+    parser.add_argument("--fresh", action="store_true", help="archive the earlier training run and train again")
+    return parser
+
+
+class _Pipeline:
+    """The phases of one call."""
+
+    def __init__(self, options: argparse.Namespace, observer: Observer | None) -> None:
+        self._options = options
+        self._out = Path(options.output_dir)
+        self._observer = observer
+        self._began = time.perf_counter()
+
+    def run(self) -> int:
+        """All phases; returns the exit code."""
+        with self._phase(0):
+            self._check_python()
+            self._check_output()
+            self._recall()
+            config = self._configuration()
+            self._check_space(config)
+            self._keep_options()
+        # From here on everything is installed.
+        interrupt = importlib.import_module("accel_train.interrupt")
+        stop = StopSignal()
+        try:
+            with stop.installed():
+                task = self._prepare(config, lambda: stop.requested)
+                # Here, where a signal is waited for: it takes seconds.
+                importlib.import_module("accel_train.experiment")
+                if stop.requested:
+                    raise interrupt.Interrupted
+            self._train(config, task)
+            with stop.installed():
+                return self._validate(config, task)
+        except (interrupt.Interrupted, KeyboardInterrupt):
+            again = "with --resume instead of --fresh" if self._options.fresh else "again"
+            print(f"interrupted: run the same command {again} to go on", flush=True)
+            return EXIT_INTERRUPTED
+
+    @contextmanager
+    def _phase(self, number: int) -> Iterator[None]:
+        name, began = PHASES[number], time.perf_counter()
+        print(f"\n== {number + 1}/{len(PHASES)} {name} {'=' * (60 - len(name))}", flush=True)
+        yield
+        print(f"{'done':<10} {name.lower()} in {time.perf_counter() - began:.1f} s", flush=True)
+
+    # -- prerequisites ---------------------------------------------------------------------
+
+    def _check_python(self) -> None:
+        if sys.version_info < _OLDEST_PYTHON:
+            wanted, found = (".".join(map(str, v)) for v in (_OLDEST_PYTHON, sys.version_info[:3]))
+            raise PhaseFailed(EXIT_PREREQUISITES, f"Python {found} is too old; use {wanted} or newer")
+        missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+        if missing:
+            raise PhaseFailed(
+                EXIT_PREREQUISITES,
+                f"{sys.executable} has no package {', '.join(missing)}; run 'make setup', or pip install accel_train",
+            )
+        _say("python", f"{sys.version.split()[0]} with all packages")
+
+    def _check_output(self) -> None:
+        try:
+            self._out.mkdir(parents=True, exist_ok=True)
+            probe = self._out / f".writable-{os.getpid()}"
+            probe.write_bytes(b"x" * 4096)
+            probe.unlink()
+        except OSError as error:
+            raise PhaseFailed(
+                EXIT_PREREQUISITES, f"{self._out} cannot be written: {error.strerror}; choose another --output-dir"
+            ) from error
+
+    def _recall(self) -> None:
+        """Take over the options of the last call where ``--resume`` asks for it; those given now win."""
+        options, path = self._options, self._out / OPTIONS_FILE
+        for name in ("corpus_path", "config"):
+            if (value := getattr(options, name)) is not None:
+                setattr(options, name, str(Path(value).absolute()))
+        if not options.resume:
+            return
+        try:
+            earlier = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise PhaseFailed(
+                EXIT_PREREQUISITES,
+                f"there is nothing to resume in {self._out} ({path.name}: {error}); leave out --resume",
+            ) from error
+        if options.corpus_path is not None or options.corpus_url is not None:
+            earlier = {name: value for name, value in earlier.items() if not name.startswith("corpus_")}
+        for name, value in earlier.items():
+            if getattr(options, name, None) is None:
+                setattr(options, name, value)
+
+    def _keep_options(self) -> None:
+        """For the next ``--resume``; only options that make a configuration come so far."""
+        kept = {name: value for name, value in vars(self._options).items() if name not in _NOT_KEPT}
+        given = {name: value for name, value in kept.items() if value is not None}
+        durable = importlib.import_module("accel_train.durable")
+        durable.write_atomic(self._out / OPTIONS_FILE, json.dumps(given, indent=1).encode() + b"\n")
+
+    def _configuration(self) -> ExperimentConfig:
+        """The example that fits, changed by the options."""
+        options, config = self._options, importlib.import_module("accel_train.config")
+        own_corpus = options.corpus_path or options.corpus_url
+        file = Path(options.config or _example("text_default.yaml" if own_corpus else "text_quick.yaml"))
+        cli = importlib.import_module("accel_train.cli")
+        chosen = {
+            "task": "text",
+            "text.corpus": own_corpus,
+            "text.corpus_sha256": options.corpus_sha256,
+            "text.tokenizer": options.tokenizer,
+            "text.vocab_size": options.vocab_size,
+            "training.max_epochs": options.epochs,
+            "training.batch_size": options.batch_size,
+            "training.learning_rate": options.learning_rate,
+            "model.max_seq_len": options.max_seq_length,
+            "seed": options.seed,
+            "output_dir": str(self._out),
+        }
+        arguments = [f"--{name}={value}" for name, value in chosen.items() if value is not None]
+        try:
+            parsed: ExperimentConfig = cli.parse_config(["--config", str(file), *arguments])[0]
+        except config.ConfigError as error:
+            raise PhaseFailed(EXIT_PREREQUISITES, f"{_as_option(error.field)}: {error.value!r} {error.rule}") from error
+        _say("settings", f"{file}{', with ' + ' '.join(arguments[1:-1]) if arguments[1:-1] else ''}")
+        return parsed
+
+    def _check_space(self, config: ExperimentConfig) -> None:
+        memory = importlib.import_module("accel_train.model.memory")
+        vocabulary = config.text.vocab_size
+        parameters = memory.parameters(config.model, vocabulary)
+        text = _size_of(config.text)
+        # Weights and two moments in each checkpoint; the kept ones, the best, and one being written.
+        needed = 12 * parameters * (config.checkpoint.keep_last + 2) + 2 * text + _SPARE_BYTES
+        free = shutil.disk_usage(self._out).free
+        if free < needed:
+            raise PhaseFailed(
+                EXIT_PREREQUISITES,
+                f"{self._out} has {free / 1e6:.0f} MB free, about {needed / 1e6:.0f} MB are needed; free some, or "
+                "choose another --output-dir",
+            )
+        _say("disk", f"{free / 1e9:.1f} GB free in {self._out}, about {needed / 1e6:.0f} MB needed")
+        for warning in memory.warnings(config, vocabulary):
+            _say("warning", warning)
+
+    # -- corpus and tokenizer --------------------------------------------------------------
+
+    def _prepare(self, config: ExperimentConfig, should_stop: Callable[[], bool]) -> TextTask:
+        text = importlib.import_module("accel_train.tasks.text")
+        observers = {} if self._observer is None else {"observer": self._observer}
+        task: TextTask = text.TextTask(config, **observers)
+        shared = self._out / importlib.import_module("accel_train.config").SHARED_CORPORA
+        with self._phase(1), self._failing(EXIT_CORPUS):
+            self._require(
+                self._options.skip_corpus, task.preparation.has_corpus(shared), EXIT_CORPUS, "corpus", "--skip-corpus"
+            )
+            task.check(_say, should_stop)
+            corpus = task.preparation.build_corpus(shared, _say, should_stop)
+            self._tell_skipped(task, "corpus")
+        with self._phase(2), self._failing(EXIT_TOKENIZER):
+            there = task.preparation.has_tokenizer(corpus, shared)
+            self._require(self._options.skip_tokenizer, there, EXIT_TOKENIZER, "tokenizer", "--skip-tokenizer")
+            tokenizer = task.preparation.build_tokenizer(corpus, shared, _say, should_stop)
+            task.open(str(task.preparation.build_tokens(corpus, tokenizer, shared, _say, should_stop)))
+            self._tell_skipped(task, "tokenizer", "tokens")
+        return task
+
+    @staticmethod
+    def _require(wanted: bool, there: bool, code: int, what: str, option: str) -> None:
+        if wanted and not there:
+            raise PhaseFailed(code, f"there is no {what} to go on with; leave out {option}")
+
+    @staticmethod
+    def _tell_skipped(task: TextTask, *names: str) -> None:
+        if not any(name in task.preparation.built for name in names):
+            _say("skipped", "nothing to do: what is there was verified")
+
+    @contextmanager
+    def _failing(self, code: int) -> Iterator[None]:
+        config = importlib.import_module("accel_train.config")
+        try:
+            yield
+        except config.ConfigError as error:
+            # What is there but is no text cannot be tokenized, whenever that was noticed.
+            chosen = EXIT_TOKENIZER if getattr(error.__cause__, "is_content", False) else code
+            raise PhaseFailed(chosen, f"{_as_option(error.field)}: {error.value} {error.rule}") from error
+        except PhaseFailed:
+            raise
+        except Exception as error:
+            if not isinstance(error, (OSError, MemoryError, *_errors_of_runs())):
+                raise
+            raise PhaseFailed(code, str(error) or type(error).__name__) from error
+
+    # -- training and validation -----------------------------------------------------------
+
+    def _train(self, config: ExperimentConfig, task: TextTask) -> None:
+        run_dir = _run_dir(config)
+        with self._phase(3), self._failing(EXIT_TRAINING):
+            if _record_of(run_dir).get("status") == "completed" and not self._options.fresh:
+                self._require_same_data(run_dir, task)
+                _say("skipped", f"{run_dir} is trained")
+            code = self._train_here(config) if self._options.launcher is None else self._launch(config, run_dir)
+            if code == EXIT_INTERRUPTED:
+                raise importlib.import_module("accel_train.interrupt").Interrupted
+            if code != EXIT_SUCCESS:
+                reason = _record_of(run_dir).get("reason")
+                log = run_dir / "logs" / "rank_0.log"
+                raise PhaseFailed(
+                    EXIT_TRAINING,
+                    f"training failed: {reason or 'see above'}; the last good checkpoint is intact, {log} has the "
+                    "details, and the same command goes on from there",
+                )
+
+    @staticmethod
+    def _require_same_data(run_dir: Path, task: TextTask) -> None:
+        """Refuse a finished run whose corpus is another by now: its model knows nothing of it."""
+        manifest = importlib.import_module("accel_train.training.manifest")
+        found = manifest.list_checkpoints(run_dir / "checkpoints")
+        if found:
+            step, checkpoint = found[-1]
+            saved = importlib.import_module("accel_train.inference").saved_data(checkpoint)
+            manifest.require_data(saved, task.digests(), step, "train anew with --fresh")
+
+    def _train_here(self, config: ExperimentConfig) -> int:
+        settings = importlib.import_module("accel_train.config")
+        experiment = importlib.import_module("accel_train.experiment")
+        observers = {} if self._observer is None else {"observer": self._observer}
+        earlier = settings.EarlierRun(fresh=self._options.fresh)
+        code: int = experiment.run(config, earlier=earlier, command=list(sys.argv), **observers)
+        return code
+
+    def _launch(self, config: ExperimentConfig, run_dir: Path) -> int:
+        """Train in the processes that ``--launcher`` starts; the record says what came of it, launchers do not."""
+        durable, rundir = (importlib.import_module(f"accel_train.{name}") for name in ("durable", "rundir"))
+        # A name of its own: pipelines with other options may share the output directory.
+        path = self._out / f"{run_dir.name}.yaml"
+        durable.write_atomic(path, rundir.dump_config(config).encode())
+        line = [*shlex.split(self._options.launcher), "-m", "accel_train.cli", "train", "--config", str(path)]
+        line += ["--fresh"] if self._options.fresh else []
+        _say("launch", shlex.join(line))
+        if shutil.which(line[0]) is None:
+            raise PhaseFailed(EXIT_TRAINING, f"there is no command {line[0]}; check --launcher")
+        before = _launch_of(_record_of(run_dir))
+        stop, told = StopSignal(), False
+        with stop.installed():
+            process = subprocess.Popen(tied_to_this_process(line))
+            while process.poll() is None:
+                if stop.requested and not told:
+                    process.terminate()
+                    told = True
+                time.sleep(_POLL_SECONDS)
+        after = _record_of(run_dir)
+        # What a launch before this one has left says nothing about this one.
+        is_new = _launch_of(after) != before
+        if after.get("status") == "completed" and (is_new or process.returncode == 0):
+            return EXIT_SUCCESS
+        preempted = after.get("status") == "preempted" and is_new
+        return EXIT_INTERRUPTED if stop.requested or preempted else EXIT_TRAINING
+
+    def _validate(self, config: ExperimentConfig, task: TextTask) -> int:
+        run_dir = _run_dir(config)
+        with self._phase(4), self._failing(EXIT_VALIDATION):
+            record = _record_of(run_dir)
+            checkpoint = self._final_checkpoint(run_dir, record)
+            gate = record["gate"]
+            if gate["evidence"].get("weights_sha256") == checkpoint["weights_sha256"]:
+                _say("verified", f"{checkpoint['path']}: these weights were judged")
+            else:
+                inference = importlib.import_module("accel_train.inference")
+                gate = inference.evaluate(run_dir)
+            metrics = training_metrics(record, run_dir)
+            report = {"run": str(run_dir), "checkpoint": checkpoint, **_report(gate)}
+            # With the run, and for convenience where the user looks first: there it is the last run's.
+            for directory in (run_dir, self._out):
+                self._write(directory / METRICS_FILE, metrics)
+                self._write(directory / REPORT_FILE, report)
+            _print_verdict(gate)
+        self._summarise(run_dir, checkpoint["path"])
+        if not gate["passed"]:
+            raise PhaseFailed(
+                EXIT_VALIDATION,
+                f"the model does not pass: {gate['failure_reason']}; train longer (--epochs), on more text, or change "
+                "the gate in the configuration (--config)",
+            )
+        print(f"\nsuccess in {time.perf_counter() - self._began:.1f} s", flush=True)
+        return EXIT_SUCCESS
+
+    @staticmethod
+    def _final_checkpoint(run_dir: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+        manifest = importlib.import_module("accel_train.training.manifest")
+        path = run_dir / "checkpoints" / manifest.step_directory(record["metrics"]["scalars"]["steps_trained"])
+        problems = manifest.verify(path)
+        if problems:
+            raise PhaseFailed(
+                EXIT_VALIDATION,
+                f"the trained model is damaged: {path}: {'; '.join(problems)}; put the file back, or train again with "
+                "--fresh",
+            )
+        files = manifest.read_manifest(path)["files"]
+        return {"path": str(path), "weights_sha256": files["model.safetensors"]["sha256"]}
+
+    @staticmethod
+    def _write(path: Path, values: Mapping[str, Any]) -> None:
+        record = importlib.import_module("accel_train.record")
+        text = json.dumps(json.loads(record.strict_json(values, path.name)), indent=1, ensure_ascii=False)
+        importlib.import_module("accel_train.durable").write_atomic(path, text.encode() + b"\n")
+
+    def _summarise(self, run_dir: Path, checkpoint: str) -> None:
+        print("\nartifacts", flush=True)
+        paths = [
+            Path(checkpoint) / "model.safetensors",
+            Path(checkpoint) / "tokenizer.json",
+            run_dir / "result.json",
+            run_dir / "figures" / "training_curves.png",
+            run_dir / "samples",
+            run_dir / METRICS_FILE,
+            run_dir / REPORT_FILE,
+        ]
+        for path in paths:
+            if path.exists():
+                files = path.rglob("*") if path.is_dir() else [path]
+                size = sum(each.stat().st_size for each in files if each.is_file())
+                print(f"  {size / 1e3:>10,.1f} kB  {path}", flush=True)
+        print(f'\ntry it: accel-train generate {run_dir} --prompt "The"', flush=True)
+
+
+def _size_of(text: TextConfig) -> int:
+    """About the bytes of the corpus, as far as they can be known before it is fetched."""
+    corpus = Path(text.corpus)
+    try:
+        files = [*corpus.glob("*.txt")] if corpus.is_dir() else [corpus]
+        return sum(file.stat().st_size for file in files)
+    except OSError:
+        return text.corpus_bytes or text.builtin_bytes
+
+
+def training_metrics(record: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
+    """Every epoch's figures, all hyperparameters and where the models are, from a run's record."""
+    curves, scalars = record["curves"], record["metrics"]["scalars"]
+    seconds = {mark["step"]: mark["training_seconds"] for mark in record["timing"].get("evaluations", [])}
+    steps = curves.get("evaluation_step", [])
+    names = [name for name in ("val_loss", "val_bits_per_byte", "probe_loss", "overfit_gap") if name in curves]
+    evaluations = [
+        {
+            "step": step,
+            **{name: curves[name][place] for name in names},
+            "training_seconds": seconds.get(step),
+        }
+        for place, step in enumerate(steps)
+    ]
+    best = min(
+        (each for each in evaluations if each["val_loss"] is not None), key=lambda e: e["val_loss"], default=None
+    )
+    return {
+        "experiment_id": record["experiment_id"],
+        "run_id": record["run_id"],
+        "config_hash": record["config_hash"],
+        "hyperparameters": record["config"],
+        "epochs": [
+            {"epoch": number, "train_loss": loss}
+            for number, loss in enumerate(record["gate"]["evidence"].get("epoch_losses", []), 1)
+        ],
+        "evaluations": evaluations,
+        "final": scalars,
+        "best": best,
+        "models": {
+            "final": str(run_dir / "checkpoints" / f"step_{scalars['steps_trained']:07d}"),
+            "best": None if best is None else str(run_dir / "checkpoints" / f"step_{best['step']:07d}"),
+        },
+        "timing": record["timing"],
+        "provenance": record["provenance"],
+    }
+
+
+def _report(gate: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: gate[name] for name in ("passed", "criteria", "failure_reason", "evidence")}
+
+
+def _print_verdict(gate: Mapping[str, Any]) -> None:
+    for row in gate["criteria"]:
+        value = "not measured" if row["value"] is None else f"{row['value']:.4g}"
+        mark = "passed" if row["passed"] else "MISSED"
+        _say(mark, f"{row['metric']:<16} {value:>12}   asked {row['op']} {row['threshold']:g}")
+
+
+def _example(name: str) -> Path:
+    """An example that comes with the package."""
+    return Path(__file__).parent / "examples" / name
+
+
+def _run_dir(config: ExperimentConfig) -> Path:
+    """Where the run lives; the weights that it starts from are part of its name."""
+    settings = importlib.import_module("accel_train.config")
+    digest = None
+    if config.training.init_from is not None:
+        _, digest = importlib.import_module("accel_train.weights").resolve_init(config)
+    path: Path = settings.run_directory(config, digest)
+    return path
+
+
+def _errors_of_runs() -> tuple[type[Exception], ...]:
+    """What reading a run may raise; only once that was imported."""
+    names = (
+        ("accel_train.training.manifest", "CheckpointError"),
+        ("accel_train.record", "RecordError"),
+        ("accel_train.text.tokenizer", "TokenizerError"),
+    )
+    return tuple(getattr(sys.modules[module], name) for module, name in names if module in sys.modules)
+
+
+def _launch_of(record: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Which run, and which of its launches, a record tells of."""
+    return record.get("run_id"), record.get("provenance", {}).get("launches")
+
+
+def _record_of(run_dir: Path) -> dict[str, Any]:
+    record = importlib.import_module("accel_train.record")
+    try:
+        found: dict[str, Any] = record.read_record(run_dir)
+    except record.RecordError:
+        return {}
+    return found
+
+
+_OPTION_OF = {
+    "text.corpus": "--corpus-path/--corpus-url",
+    "text.corpus_sha256": "--corpus-sha256",
+    "text.tokenizer": "--tokenizer",
+    "text.vocab_size": "--vocab-size",
+    "training.max_epochs": "--epochs",
+    "training.batch_size": "--batch-size",
+    "training.learning_rate": "--learning-rate",
+    "model.max_seq_len": "--max-seq-length",
+    "output_dir": "--output-dir",
+}
+
+
+def _as_option(field: str) -> str:
+    """The option that sets ``field``, for people who never saw the configuration."""
+    return _OPTION_OF.get(field, field)
+
+
+def _say(phase: str, what: str) -> None:
+    print(f"{phase:<10} {what}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(pipeline_main())
