@@ -49,7 +49,7 @@ from accel_train.training.preemption import StopSignal, leaving_while_ranks_meet
 from accel_train.training.progress import Progress, be_silent, say
 from accel_train.training.runtime import arithmetic, build_accelerator, machine
 from accel_train.training.trainer import Preempted, Trainer
-from accel_train.weights import build_model, resolve_init
+from accel_train.weights import build_model, require_same_files, resolve_init
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ class _Experiment:
             self.say("finished", opened["summary"])
             return EXIT_COMPLETED
         self.run_log.open(self.directory.path, opened["launch"])
-        dataset, preflight = self._data()
+        dataset, preflight = self._data(init)
         trainer = self._trainer(model, hooks, dataset)
         if self.coordinator.is_main:
             self.keeper.attach(trainer, preflight, machine(self.accelerator) | arithmetic(self.accelerator))
@@ -257,13 +257,15 @@ class _Experiment:
         self.keeper.start(record)
         return {"status": self.keeper.found_status, "launch": self.keeper.launch, "summary": self.keeper.summary()}
 
-    def _data(self) -> tuple[Any, dict[str, Any]]:
+    def _data(self, init: Path | None) -> tuple[Any, dict[str, Any]]:
         """The training dataset on every rank; the preflight's findings."""
         shared = self.directory.path.parent / SHARED_CORPORA
         phase = self.coordinator.main_phase
         with self.keeper.clock.timed("corpus"):
             artifacts = phase("corpus", lambda should_stop: self.task.build(shared, self.say, should_stop))
             dataset = self.task.open(artifacts)
+            if init is not None:
+                phase("weights to start from", lambda _: require_same_files(init, self.task))
         with self.keeper.clock.timed("preflight"):
             preflight = phase("preflight", lambda _: self.task.preflight(self.say))
         return dataset, preflight

@@ -31,6 +31,8 @@ ROTATION_RENAMED = "rotation renamed"
 """An old checkpoint has given up its name and is not removed yet."""
 CONCLUSION_BEGUN = "conclusion begun"
 """Training has ended; the finished model is about to be judged; main process."""
+REPORT_BEGUN = "report begun"
+"""The pipeline has verified the finished model and is about to write one more of its reports."""
 RECORD_WRITTEN_ASIDE = "record written aside"
 """The new ``result.json`` is complete under its temporary name."""
 
@@ -47,6 +49,7 @@ POINTS = (
     COMMIT_RENAMED,
     ROTATION_RENAMED,
     CONCLUSION_BEGUN,
+    REPORT_BEGUN,
     RECORD_WRITTEN_ASIDE,
 )
 

@@ -429,8 +429,9 @@ class _Pipeline:
         files = manifest.read_manifest(path)["files"]
         return {"path": str(path), "weights_sha256": files["model.safetensors"]["sha256"]}
 
-    @staticmethod
-    def _write(path: Path, values: Mapping[str, Any]) -> None:
+    def _write(self, path: Path, values: Mapping[str, Any]) -> None:
+        if self._observer is not None:
+            self._observer.reached(importlib.import_module("accel_train.observer").REPORT_BEGUN)
         record = importlib.import_module("accel_train.record")
         text = json.dumps(json.loads(record.strict_json(values, path.name)), indent=1, ensure_ascii=False)
         importlib.import_module("accel_train.durable").write_atomic(path, text.encode() + b"\n")

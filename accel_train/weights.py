@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import textwrap
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model as load_weights
 
 from accel_train.config import ConfigError, ExperimentConfig, run_directory
+from accel_train.durable import sha256_file
 from accel_train.model.transformer import TransformerLM
 from accel_train.record import RECORD_FILE, read_record
 from accel_train.tasks.base import Task
@@ -38,6 +40,20 @@ def build_model(config: ExperimentConfig, task: Task, init: Path | None) -> Tran
                 "training.init_from", str(init), f"does not fit this model; make the model sections agree ({reason})"
             ) from error
     return model
+
+
+def require_same_files(init: Path, task: Task) -> None:
+    """Refuse weights that were learned with another tokenizer: as many ids say nothing about what they mean.
+
+    Raises:
+        ConfigError: a file of the task in checkpoint ``init`` is another than the task's; names both digests.
+    """
+    for name, content in task.files().items():
+        path = init / name
+        theirs, ours = sha256_file(path) if path.exists() else None, hashlib.sha256(content).hexdigest()
+        if theirs not in {None, ours}:
+            rule = f"was trained with the {name} of SHA-256 {theirs}, here is the one of SHA-256 {ours}; use its own"
+            raise ConfigError("training.init_from", str(init), rule)
 
 
 def resolve_init(config: ExperimentConfig, *, fresh: bool = False) -> tuple[Path | None, str]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accel_train.interrupt import Interrupted
+from accel_train.interrupt import Interrupted, abandonable
 
 _BLOCK_BYTES = 1 << 18
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -83,7 +83,7 @@ def download(
         timeout: seconds that the server may be silent.
         attempts: connections tried before giving up.
         first_pause: seconds before the second attempt; doubles with every further one.
-        should_stop: asked between blocks and in pauses.
+        should_stop: asked ten times a second; an attempt that waits for the server is left behind then.
         progress: receives the bytes so far and, if it is known, their total.
         on_retry: receives a line for people before every pause.
 
@@ -94,7 +94,8 @@ def download(
     state, pause = _Progress(), first_pause
     for attempt in range(1, attempts + 1):
         try:
-            _attempt(url, path, state, size, timeout, should_stop, progress)
+            # A server may be silent for the whole timeout.
+            abandonable(lambda: _attempt(url, path, state, size, timeout, should_stop, progress), should_stop)
             break
         except _Again as reason:
             if attempt == attempts:
@@ -197,7 +198,7 @@ def _receive(
     with path.open("r+b" if resumed else "wb") as file:
         file.truncate(state.done)
         file.seek(state.done)
-        # What has arrived, however little: a server that drips must not keep a stop waiting.
+        # What has arrived, however little: a slow server shows progress too.
         while block := response.read1(_BLOCK_BYTES):
             if should_stop():
                 raise Interrupted

@@ -16,7 +16,7 @@ import numpy as np
 from accel_train.config import ConfigError, ExperimentConfig, canonical_json
 from accel_train.data.cache import cached
 from accel_train.data.windows import Ranges, split_corpus
-from accel_train.interrupt import Interrupted
+from accel_train.interrupt import Interrupted, abandonable
 from accel_train.meter import Meter
 from accel_train.observer import SILENT, Observer
 from accel_train.text.builtin import BUILTIN, builtin_text
@@ -136,7 +136,9 @@ class Preparation:
         def build(directory: Path) -> None:
             say("tokenizer", f"training {text.tokenizer} with a vocabulary of {text.vocab_size:,}")
             with Meter("tokenizer: text read", corpus.size, lambda line: say("tokenizer", line)) as meter:
-                trained = train_tokenizer(text.tokenizer, _counted(corpus, meter, should_stop), text.vocab_size)
+                texts = _counted(corpus, meter, should_stop)
+                # Reading can be interrupted, merging cannot: the library is in it for as long as it takes.
+                trained = abandonable(lambda: train_tokenizer(text.tokenizer, texts, text.vocab_size), should_stop)
             (directory / TOKENIZER_FILE).write_text(trained.content, encoding="utf-8")
 
         try:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from faults import configured, fault, train
+from faults import Mount, configured, fault, train
 
 from accel_train.observer import STEP_DONE
 
@@ -42,3 +44,31 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory) -> KilledRun:
         return config, results
 
     return copy
+
+
+@pytest.fixture
+def mount() -> Iterator[Mount]:
+    """``mount(target, *options)``; unmounted after the test."""
+    targets: list[Path] = []
+
+    def attach(target: Path, *options: object) -> None:
+        line = ["mount", *map(str, options), str(target)]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
+        targets.append(target)
+
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount")
+    yield attach
+    for target in reversed(targets):
+        subprocess.run(["umount", str(target)], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path, mount: Mount) -> Path:
+    """A small file system of its own."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount(path, "-t", "tmpfs", "-o", "size=8M", "tmpfs")
+    return path

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,17 @@ SCRIPT = Path(__file__).with_name("faulty_train.py")
 slow = pytest.mark.slow
 EVERY = TINY["checkpoint"]["every_steps"]
 
+Mount = Callable[..., None]
+
 
 def fault(point: str, mark: Path, do: str = "kill", **details: Any) -> str:
     """The value of ``FAULT`` for :mod:`faulty_train`."""
     return json.dumps({"point": point, "mark": str(mark), "do": do, **details})
+
+
+def filled(disk: Path) -> str:
+    """The command that fills ``disk`` to the last byte."""
+    return f"! cat /dev/zero 2>/dev/null > '{disk}/ballast'"
 
 
 def start(config: Path, world: int, *arguments: str, **env: str | None) -> subprocess.Popen[str]:

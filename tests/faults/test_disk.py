@@ -6,18 +6,19 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from faults import (
     SCRIPT,
+    Mount,
     check_finished_like,
     check_no_traceback,
     complaint,
     configured,
     fault,
+    filled,
     slow,
     train,
     undisturbed,
@@ -31,41 +32,6 @@ from accel_train.training.manifest import list_checkpoints, verify
 NINTH, FAILED_STEP, STEP_BEFORE = 9, 24, 21
 # A rank that waits in vain for another would do so for longer than the test has time.
 PATIENT: dict[str, Any] = {"training": {"timeout_seconds": 600}, "name": "run"}
-
-Mount = Callable[..., None]
-
-
-@pytest.fixture
-def mount() -> Iterator[Mount]:
-    """``mount(target, *options)``; unmounted after the test."""
-    targets: list[Path] = []
-
-    def attach(target: Path, *options: object) -> None:
-        line = ["mount", *map(str, options), str(target)]
-        done = subprocess.run(line, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
-        targets.append(target)
-
-    if os.geteuid() != 0:
-        pytest.skip("needs root, to mount")
-    yield attach
-    for target in reversed(targets):
-        subprocess.run(["umount", str(target)], check=True)
-
-
-@pytest.fixture
-def disk(tmp_path: Path, mount: Mount) -> Path:
-    """A small file system of its own."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount(path, "-t", "tmpfs", "-o", "size=8M", "tmpfs")
-    return path
-
-
-def filled(disk: Path) -> str:
-    """The command that fills ``disk`` to the last byte."""
-    return f"! cat /dev/zero 2>/dev/null > '{disk}/ballast'"
 
 
 def launch_with_fault(config: Path, world: int, injected: str, prefix: tuple[str, ...] = ()) -> str:

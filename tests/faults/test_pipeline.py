@@ -1,39 +1,43 @@
-"""SIGKILL in every phase of the pipeline: the same command finishes with the same bits."""
+"""SIGKILL and a full disk in every phase of the pipeline: the same command finishes with the same bits."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import warm
-from faults import fault, slow
-from harness import checkpoints, environment, record
+from faults import Mount, fault, filled, slow
+from harness import checkpoints, environment, record, wait_for
 from texts import tiny_text
+from web import Web, gives, stalls
 
 from accel_train import observer
 
 SCRIPT = Path(__file__).with_name("faulty_pipeline.py")
 CORPUS, TOKENIZER, TOKENS = 1, 2, 3
 CASES = [
-    *[
-        (point, number)
-        for point in (observer.CORPUS_BEGUN, observer.CORPUS_BUILT)
-        for number in (CORPUS, TOKENIZER, TOKENS)
-    ],
+    (observer.CORPUS_BEGUN, CORPUS),
+    *[(observer.CORPUS_BUILT, number) for number in (CORPUS, TOKENIZER, TOKENS)],
     (observer.STEP_DONE, 70),
     (observer.EVALUATION_BEGUN, 2),
     (observer.COMMIT_SEALED, 3),
     (observer.RECORD_WRITTEN_ASIDE, 2),
     (observer.CONCLUSION_BEGUN, 1),
+    (observer.REPORT_BEGUN, 1),
+    (observer.REPORT_BEGUN, 4),
 ]
-QUICK = {(observer.CORPUS_BUILT, TOKENS), (observer.CONCLUSION_BEGUN, 1)}
+QUICK = (observer.CONCLUSION_BEGUN, 1)
 
 
-def pipeline(directory: Path, *, expect: int | None = 0, **env: str) -> str:
+def pipeline(directory: Path, *options: object, out: Path | None = None, expect: int | None = 0, **env: str) -> str:
+    """Run the pipeline of a tiny text in a forked process; returns the output."""
     config, output = tiny_text(directory), directory / "output.txt"
-    line = [str(SCRIPT), "--config", str(config), "--output-dir", str(directory / "out")]
-    code = warm.run_ranks(line, [environment(**env)], output, timeout=150)
+    output.unlink(missing_ok=True)
+    line = [SCRIPT, "--config", config, "--output-dir", out or directory / "out", *options]
+    code = warm.run_ranks([*map(str, line)], [environment(**env)], output, timeout=150)
     printed = output.read_text()
     assert expect is None or code == expect, printed
     return printed
@@ -56,13 +60,18 @@ def bits(out: Path) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def undisturbed_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("undisturbed")
     pipeline(directory)
-    return bits(directory / "out")
+    return directory / "out"
 
 
-@pytest.mark.parametrize(("point", "number"), [pytest.param(*c, marks=() if c in QUICK else slow) for c in CASES])
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_out: Path) -> dict[str, object]:
+    return bits(undisturbed_out)
+
+
+@pytest.mark.parametrize(("point", "number"), [pytest.param(*c, marks=() if c == QUICK else slow) for c in CASES])
 def test_a_pipeline_killed_in_any_phase_ends_with_the_same_bits(
     tmp_path: Path, undisturbed: dict[str, object], point: str, number: int
 ) -> None:
@@ -74,3 +83,74 @@ def test_a_pipeline_killed_in_any_phase_ends_with_the_same_bits(
     assert bits(tmp_path / "out") == undisturbed
     assert not list((tmp_path / "out" / "corpora").glob(".tmp-*"))
     assert json.loads((tmp_path / "out" / "validation_report.json").read_text())["passed"]
+
+
+@slow
+def test_a_pipeline_killed_in_a_download_ends_with_the_same_bits(
+    tmp_path: Path, undisturbed_out: Path, undisturbed: dict[str, object]
+) -> None:
+    """The corpus is the built-in one, from a server that falls silent in the middle of it."""
+    content = next((undisturbed_out / "corpora").glob("builtin-*/corpus.txt")).read_bytes()
+    half, out = len(content) // 2, tmp_path / "out"
+    with Web(stalls(content[:half], announced=len(content)), gives(content)) as web:
+        options = ["--config", tiny_text(tmp_path), "--output-dir", out, "--corpus-url", web.url]
+        process = subprocess.Popen([sys.executable, str(SCRIPT), *map(str, options)], env=environment())
+
+        def arrived() -> bool:
+            return [path.stat().st_size for path in out.glob("corpora/.tmp-*/corpus.txt")] == [half]
+
+        wait_for(arrived, "half of the corpus")
+        process.kill()
+        process.wait()
+        assert not list(out.glob("corpora/download-*"))
+        pipeline(tmp_path, "--corpus-url", web.url)
+        assert web.ranges == [None, None], "what came before the kill is not trusted"
+    assert bits(out) == undisturbed
+
+
+@slow
+@pytest.mark.parametrize(
+    ("point", "number", "code"),
+    [
+        (observer.CORPUS_BEGUN, CORPUS, 2),
+        (observer.CORPUS_BEGUN, TOKENIZER, 3),
+        (observer.SAVE_BEGUN, 3, 4),
+        (observer.REPORT_BEGUN, 1, 5),
+    ],
+)
+def test_a_disk_that_becomes_full_in_any_phase(
+    tmp_path: Path, mount: Mount, undisturbed: dict[str, object], point: str, number: int, code: int
+) -> None:
+    disk, mark = tmp_path / "disk", tmp_path / "filled"
+    disk.mkdir()
+    mount(disk, "-t", "tmpfs", "-o", "size=100M", "tmpfs")
+    injected = fault(point, mark, number=number, do="run", command=filled(disk))
+    output = pipeline(tmp_path, out=disk / "out", expect=code, FAULT=injected)
+    assert mark.exists()
+    assert "Traceback" not in output
+    assert "No space left on device" in output
+    (disk / "ballast").unlink()
+    pipeline(tmp_path, out=disk / "out")
+    assert bits(disk / "out") == undisturbed
+
+
+@slow
+def test_another_corpus_than_that_of_the_checkpoint_is_refused(tmp_path: Path) -> None:
+    """Both are named by their digests; with the old one back, the run goes on."""
+    corpus, mark, out = tmp_path / "mine.txt", tmp_path / "killed", tmp_path / "out"
+    text = "".join(f"The {number} sheep went home over the hill, and nobody saw them.\n" for number in range(1500))
+    corpus.write_text(text)
+    options = ["--corpus-path", corpus, "--vocab-size", 300]
+    pipeline(tmp_path, *options, expect=None, FAULT=fault(observer.STEP_DONE, mark, number=70))
+    assert mark.exists()
+    saved = json.loads((checkpoints(out)[-1] / "state.json").read_text())["data"]
+
+    corpus.write_text(text.replace("home", "away"))
+    output = pipeline(tmp_path, *options, expect=4)
+    assert f"corpus with SHA-256 {saved['corpus']}, here is the corpus with SHA-256 " in output
+    assert "Traceback" not in output
+
+    corpus.write_text(text)
+    pipeline(tmp_path, *options, expect=None)
+    found = record(out)
+    assert (found["status"], len(found["provenance"]["resumes"])) == ("completed", 1)

@@ -18,14 +18,11 @@ import jsonschema
 import pytest
 from harness import ACCELERATE, ROOT, Shown, checkpoints, environment, metrics, record, run_dir, wait_for
 from texts import PIPELINE, pipeline, tiny_text
+from web import Web, fails, gives, redirects, stalls, truncates
 
 from accel_train.durable import sha256_file
 from accel_train.pipeline import pipeline_main
 from accel_train.record import load_schema
-
-sys.path.insert(0, str(ROOT / "tests" / "unit" / "text"))
-
-from web import Web, fails, gives, redirects, stalls, truncates
 
 SPANISH = (
     "Había una vez un pescador que vivía junto al río con su hijo y no tenía nada más que una red.\n" * 600
