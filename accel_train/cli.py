@@ -446,7 +446,7 @@ def _checkpoints(arguments: argparse.Namespace) -> int:
 
 
 def _table(runs: Sequence[RunSummary]) -> list[str]:
-    rows = [("ID", "STATUS", "EPOCHS", "GATE", "EDGE", "RULE", "LOSS", "AGE")]
+    rows = [("ID", "STATUS", "EPOCHS", "GATE", "EDGE", "RULE", "LOSS", "BPB", "AGE")]
     rows += [
         (
             run.id,
@@ -456,6 +456,7 @@ def _table(runs: Sequence[RunSummary]) -> list[str]:
             _figure(run.edge_compliance),
             _figure(run.rule_compliance),
             _figure(run.val_loss),
+            _figure(run.val_bits_per_byte),
             _age(run.created_at),
         )
         for run in runs

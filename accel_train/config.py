@@ -57,6 +57,14 @@ def _check(ok: bool, name: str, value: object, rule: str) -> None:
         raise ConfigError(name, value, rule)
 
 
+def _is_utf8(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _is_fraction(value: float) -> bool:
     return 0.0 <= value <= 1.0
 
@@ -493,6 +501,13 @@ class ExperimentConfig:
         _check_finite(self)
         _check(0 <= self.seed < 2**63, "seed", self.seed, "must lie in [0, 2**63)")
         _check(bool(self.output_dir.strip()), "output_dir", self.output_dir, "must name a directory")
+        for name, path in (
+            ("output_dir", self.output_dir),
+            ("text.corpus", self.text.corpus),
+            ("training.init_from", self.training.init_from),
+        ):
+            # A record names it, and records are UTF-8.
+            _check(path is None or _is_utf8(path), name, path, "is not a name in UTF-8; rename it")
         if self.name is not None:
             plain = re.fullmatch(r"[^/\x00-\x1f]{1,200}", self.name) is not None and self.name.strip() == self.name
             plain = plain and not self.name.startswith(".") and ".archived-" not in self.name

@@ -14,6 +14,7 @@ a missing package is an error for people.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import importlib.util
 import json
@@ -28,6 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from accel_train import pipeline_report
 from accel_train.training.preemption import StopSignal, leaving_on_stop_signals, tied_to_this_process
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ _PACKAGES = (
     "torch accelerate safetensors numpy scipy tqdm jsonargparse yaml tokenizers filelock matplotlib psutil".split()
 )
 _POLL_SECONDS = 0.05
+_HIGHEST_USUAL_RATE = 0.1
 _SPARE_BYTES = 50_000_000
 _NOT_KEPT = ("resume", "fresh", "output_dir", "skip_corpus", "skip_tokenizer")
 
@@ -98,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--corpus-path", metavar="PATH", help="text file, or directory of *.txt files")
     source.add_argument("--corpus-url", metavar="URL", help="text file on the network (default: a built-in corpus)")
-    parser.add_argument("--corpus-sha256", metavar="HEX", help="digest that a downloaded corpus must have")
+    parser.add_argument("--corpus-sha256", metavar="HEX", help="digest that the corpus must have")
     parser.add_argument("--tokenizer", choices=["char", "bpe", "unigram"], help="kind of tokenizer")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="vocabulary of the tokenizer")
     parser.add_argument("--epochs", type=int, metavar="N", help="epochs of training")
@@ -147,8 +150,10 @@ class _Pipeline:
             self._check_python()
             self._check_output()
             self._recall()
+            self._check_options()
             config = self._configuration()
-            self._check_space(config)
+            with self._failing(EXIT_PREREQUISITES):
+                self._check_space(config)
             self._keep_options()
         # From here on everything is installed.
         interrupt = importlib.import_module("accel_train.interrupt")
@@ -165,15 +170,15 @@ class _Pipeline:
                 return self._validate(config, task)
         except (interrupt.Interrupted, KeyboardInterrupt):
             again = "with --resume instead of --fresh" if self._options.fresh else "again"
-            print(f"interrupted: run the same command {again} to go on", flush=True)
+            _print(f"interrupted: run the same command {again} to go on")
             return EXIT_INTERRUPTED
 
     @contextmanager
     def _phase(self, number: int) -> Iterator[None]:
         name, began = PHASES[number], time.perf_counter()
-        print(f"\n== {number + 1}/{len(PHASES)} {name} {'=' * (60 - len(name))}", flush=True)
+        _print(f"\n== {number + 1}/{len(PHASES)} {name} {'=' * (60 - len(name))}")
         yield
-        print(f"{'done':<10} {name.lower()} in {time.perf_counter() - began:.1f} s", flush=True)
+        _print(f"{'done':<10} {name.lower()} in {time.perf_counter() - began:.1f} s")
 
     # -- prerequisites ---------------------------------------------------------------------
 
@@ -190,27 +195,33 @@ class _Pipeline:
         _say("python", f"{sys.version.split()[0]} with all packages")
 
     def _check_output(self) -> None:
+        if not self._options.output_dir.strip():
+            raise PhaseFailed(EXIT_PREREQUISITES, "--output-dir: is empty; name a directory")
         try:
             self._out.mkdir(parents=True, exist_ok=True)
             probe = self._out / f".writable-{os.getpid()}"
             probe.write_bytes(b"x" * 4096)
             probe.unlink()
-        except OSError as error:
-            raise PhaseFailed(
-                EXIT_PREREQUISITES, f"{self._out} cannot be written: {error.strerror}; choose another --output-dir"
-            ) from error
+        except (OSError, ValueError) as error:
+            is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+            then = "free some space" if is_full else "choose another --output-dir"
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise PhaseFailed(EXIT_PREREQUISITES, f"{self._out} cannot be written: {reason}; {then}") from error
 
     def _recall(self) -> None:
         """Take over the options of the last call where ``--resume`` asks for it; those given now win."""
         options, path = self._options, self._out / OPTIONS_FILE
         for name in ("corpus_path", "config"):
-            if (value := getattr(options, name)) is not None:
-                setattr(options, name, str(Path(value).absolute()))
+            if (value := getattr(options, name)) is None:
+                continue
+            if not value:
+                raise PhaseFailed(EXIT_PREREQUISITES, f"--{name.replace('_', '-')}: is empty; name a file")
+            setattr(options, name, str(Path(value).absolute()))
         if not options.resume:
             return
         try:
             earlier = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise PhaseFailed(
                 EXIT_PREREQUISITES,
                 f"there is nothing to resume in {self._out} ({path.name}: {error}); leave out --resume",
@@ -225,8 +236,36 @@ class _Pipeline:
         """For the next ``--resume``; only options that make a configuration come so far."""
         kept = {name: value for name, value in vars(self._options).items() if name not in _NOT_KEPT}
         given = {name: value for name, value in kept.items() if value is not None}
-        durable = importlib.import_module("accel_train.durable")
-        durable.write_atomic(self._out / OPTIONS_FILE, json.dumps(given, indent=1).encode() + b"\n")
+        try:
+            self._publish(self._out / OPTIONS_FILE, json.dumps(given, indent=1).encode() + b"\n")
+        except OSError as error:
+            raise PhaseFailed(EXIT_PREREQUISITES, f"{error.filename or self._out}: {error.strerror}") from error
+
+    def _publish(self, path: Path, content: bytes) -> None:
+        """Write a file that other pipelines in this output directory may be writing too; the last one stays."""
+        lock = importlib.import_module("filelock").FileLock(self._out / ".pipeline.lock")
+        with lock:
+            importlib.import_module("accel_train.durable").write_atomic(path, content)
+
+    def _check_options(self) -> None:
+        """What no configuration can tell: commands, addresses and options that do not go together."""
+        options = self._options
+        if options.launcher is not None:
+            try:
+                command = (shlex.split(options.launcher) or [""])[0]
+            except ValueError as error:
+                raise PhaseFailed(EXIT_PREREQUISITES, f"--launcher: {options.launcher!r}: {error}; check it") from error
+            if shutil.which(command) is None:
+                raise PhaseFailed(EXIT_PREREQUISITES, f"--launcher: there is no command {command!r}; check it and PATH")
+        download = importlib.import_module("accel_train.text.download")
+        if options.corpus_url is not None and not download.is_url(options.corpus_url):
+            rule = "must begin with http:// or https://; --corpus-path takes files of this machine"
+            raise PhaseFailed(EXIT_PREREQUISITES, f"--corpus-url: {options.corpus_url!r} {rule}")
+        if options.tokenizer == "char" and options.vocab_size is not None:
+            rule = "has no meaning for --tokenizer char, whose vocabulary is fixed; leave it out"
+            raise PhaseFailed(EXIT_PREREQUISITES, f"--vocab-size: {options.vocab_size} {rule}")
+        if options.learning_rate is not None and options.learning_rate > _HIGHEST_USUAL_RATE:
+            _say("warning", f"a learning rate of {options.learning_rate:g} is far above the usual 1e-4 to 1e-2")
 
     def _configuration(self) -> ExperimentConfig:
         """The example that fits, changed by the options."""
@@ -249,6 +288,9 @@ class _Pipeline:
         }
         arguments = [f"--{name}={value}" for name, value in chosen.items() if value is not None]
         try:
+            if cli.parse_config(["--config", str(file)])[0].task != "text":
+                rule = "describes another task than text; the examples text_*.yaml and char.yaml are a start"
+                raise PhaseFailed(EXIT_PREREQUISITES, f"--config: {file} {rule}")
             parsed: ExperimentConfig = cli.parse_config(["--config", str(file), *arguments])[0]
         except config.ConfigError as error:
             raise PhaseFailed(EXIT_PREREQUISITES, f"{_as_option(error.field)}: {error.value!r} {error.rule}") from error
@@ -263,13 +305,14 @@ class _Pipeline:
         # Weights and two moments in each checkpoint; the kept ones, the best, and one being written.
         needed = 12 * parameters * (config.checkpoint.keep_last + 2) + 2 * text + _SPARE_BYTES
         free = shutil.disk_usage(self._out).free
-        if free < needed:
-            raise PhaseFailed(
-                EXIT_PREREQUISITES,
-                f"{self._out} has {free / 1e6:.0f} MB free, about {needed / 1e6:.0f} MB are needed; free some, or "
-                "choose another --output-dir",
-            )
-        _say("disk", f"{free / 1e9:.1f} GB free in {self._out}, about {needed / 1e6:.0f} MB needed")
+        told = f"{self._out} has {free / 1e6:,.0f} MB free, about {needed / 1e6:,.0f} MB are needed from the start"
+        if free >= needed:
+            _say("disk", told)
+        elif _record_of(_run_dir(config)):
+            # Much of it is there by now; whoever goes on must not be sent elsewhere.
+            _say("warning", f"{told}; going on with what is there")
+        else:
+            raise PhaseFailed(EXIT_PREREQUISITES, f"{told}; free some, or choose another --output-dir")
         for warning in memory.warnings(config, vocabulary):
             _say("warning", warning)
 
@@ -281,24 +324,19 @@ class _Pipeline:
         task: TextTask = text.TextTask(config, **observers)
         shared = self._out / importlib.import_module("accel_train.config").SHARED_CORPORA
         with self._phase(1), self._failing(EXIT_CORPUS):
-            self._require(
-                self._options.skip_corpus, task.preparation.has_corpus(shared), EXIT_CORPUS, "corpus", "--skip-corpus"
-            )
+            if self._options.skip_corpus:
+                _require(task.preparation.missing_corpus(shared), EXIT_CORPUS, "corpus", "--skip-corpus")
             task.check(_say, should_stop)
             corpus = task.preparation.build_corpus(shared, _say, should_stop)
             self._tell_skipped(task, "corpus")
         with self._phase(2), self._failing(EXIT_TOKENIZER):
-            there = task.preparation.has_tokenizer(corpus, shared)
-            self._require(self._options.skip_tokenizer, there, EXIT_TOKENIZER, "tokenizer", "--skip-tokenizer")
+            if self._options.skip_tokenizer:
+                missing = task.preparation.missing_tokenizer(corpus, shared)
+                _require(missing, EXIT_TOKENIZER, "tokenizer", "--skip-tokenizer")
             tokenizer = task.preparation.build_tokenizer(corpus, shared, _say, should_stop)
             task.open(str(task.preparation.build_tokens(corpus, tokenizer, shared, _say, should_stop)))
             self._tell_skipped(task, "tokenizer", "tokens")
         return task
-
-    @staticmethod
-    def _require(wanted: bool, there: bool, code: int, what: str, option: str) -> None:
-        if wanted and not there:
-            raise PhaseFailed(code, f"there is no {what} to go on with; leave out {option}")
 
     @staticmethod
     def _tell_skipped(task: TextTask, *names: str) -> None:
@@ -333,20 +371,15 @@ class _Pipeline:
             if code == EXIT_INTERRUPTED:
                 raise importlib.import_module("accel_train.interrupt").Interrupted
             if code != EXIT_SUCCESS:
-                reason = _record_of(run_dir).get("reason")
-                log = run_dir / "logs" / "rank_0.log"
-                raise PhaseFailed(
-                    EXIT_TRAINING,
-                    f"training failed: {reason or 'see above'}; the last good checkpoint is intact, {log} has the "
-                    "details, and the same command goes on from there",
-                )
+                raise PhaseFailed(EXIT_TRAINING, _why_training_failed(run_dir))
 
     @staticmethod
     def _require_same_data(run_dir: Path, task: TextTask) -> None:
         """Refuse a finished run whose corpus is another by now: its model knows nothing of it."""
         manifest = importlib.import_module("accel_train.training.manifest")
         found = manifest.list_checkpoints(run_dir / "checkpoints")
-        if found:
+        # A damaged one is told of by the validation.
+        if found and not manifest.verify(found[-1][1]):
             step, checkpoint = found[-1]
             saved = importlib.import_module("accel_train.inference").saved_data(checkpoint)
             manifest.require_data(saved, task.digests(), step, "train anew with --fresh")
@@ -361,15 +394,13 @@ class _Pipeline:
 
     def _launch(self, config: ExperimentConfig, run_dir: Path) -> int:
         """Train in the processes that ``--launcher`` starts; the record says what came of it, launchers do not."""
-        durable, rundir = (importlib.import_module(f"accel_train.{name}") for name in ("durable", "rundir"))
+        rundir = importlib.import_module("accel_train.rundir")
         # A name of its own: pipelines with other options may share the output directory.
         path = self._out / f"{run_dir.name}.yaml"
-        durable.write_atomic(path, rundir.dump_config(config).encode())
+        self._publish(path, rundir.dump_config(config).encode())
         line = [*shlex.split(self._options.launcher), "-m", "accel_train.cli", "train", "--config", str(path)]
         line += ["--fresh"] if self._options.fresh else []
         _say("launch", shlex.join(line))
-        if shutil.which(line[0]) is None:
-            raise PhaseFailed(EXIT_TRAINING, f"there is no command {line[0]}; check --launcher")
         before = _launch_of(_record_of(run_dir))
         stop, told = StopSignal(), False
         with stop.installed():
@@ -384,8 +415,12 @@ class _Pipeline:
         is_new = _launch_of(after) != before
         if after.get("status") == "completed" and (is_new or process.returncode == 0):
             return EXIT_SUCCESS
-        preempted = after.get("status") == "preempted" and is_new
-        return EXIT_INTERRUPTED if stop.requested or preempted else EXIT_TRAINING
+        if stop.requested or (is_new and after.get("status") == "preempted"):
+            return EXIT_INTERRUPTED
+        if not is_new:
+            rule = f"ended with code {process.returncode} before training began; see above, and check it"
+            raise PhaseFailed(EXIT_TRAINING, f"--launcher: {line[0]} {rule}")
+        return EXIT_TRAINING
 
     def _validate(self, config: ExperimentConfig, task: TextTask) -> int:
         run_dir = _run_dir(config)
@@ -398,21 +433,22 @@ class _Pipeline:
             else:
                 inference = importlib.import_module("accel_train.inference")
                 gate = inference.evaluate(run_dir)
-            metrics = training_metrics(record, run_dir)
-            report = {"run": str(run_dir), "checkpoint": checkpoint, **_report(gate)}
+            scalars = record["metrics"]["scalars"]
+            metrics = pipeline_report.training_metrics(record, run_dir)
+            report = pipeline_report.validation_report(gate, scalars, run_dir, checkpoint)
             # With the run, and for convenience where the user looks first: there it is the last run's.
             for directory in (run_dir, self._out):
                 self._write(directory / METRICS_FILE, metrics)
                 self._write(directory / REPORT_FILE, report)
-            _print_verdict(gate)
+            for line in pipeline_report.verdict_lines(gate, scalars):
+                _say(*line)
         self._summarise(run_dir, checkpoint["path"])
         if not gate["passed"]:
             raise PhaseFailed(
                 EXIT_VALIDATION,
-                f"the model does not pass: {gate['failure_reason']}; train longer (--epochs), on more text, or change "
-                "the gate in the configuration (--config)",
+                f"the model does not pass: {gate['failure_reason']}; {pipeline_report.advice(gate)}",
             )
-        print(f"\nsuccess in {time.perf_counter() - self._began:.1f} s", flush=True)
+        _print(f"\nsuccess in {time.perf_counter() - self._began:.1f} s")
         return EXIT_SUCCESS
 
     @staticmethod
@@ -434,10 +470,10 @@ class _Pipeline:
             self._observer.reached(importlib.import_module("accel_train.observer").REPORT_BEGUN)
         record = importlib.import_module("accel_train.record")
         text = json.dumps(json.loads(record.strict_json(values, path.name)), indent=1, ensure_ascii=False)
-        importlib.import_module("accel_train.durable").write_atomic(path, text.encode() + b"\n")
+        self._publish(path, text.encode() + b"\n")
 
     def _summarise(self, run_dir: Path, checkpoint: str) -> None:
-        print("\nartifacts", flush=True)
+        _print("\nartifacts")
         paths = [
             Path(checkpoint) / "model.safetensors",
             Path(checkpoint) / "tokenizer.json",
@@ -451,8 +487,8 @@ class _Pipeline:
             if path.exists():
                 files = path.rglob("*") if path.is_dir() else [path]
                 size = sum(each.stat().st_size for each in files if each.is_file())
-                print(f"  {size / 1e3:>10,.1f} kB  {path}", flush=True)
-        print(f'\ntry it: accel-train generate {run_dir} --prompt "The"', flush=True)
+                _print(f"  {size / 1e3:>10,.1f} kB  {path}")
+        _print(f'\ntry it: accel-train generate {run_dir} --prompt "The"')
 
 
 def _size_of(text: TextConfig) -> int:
@@ -465,53 +501,9 @@ def _size_of(text: TextConfig) -> int:
         return text.corpus_bytes or text.builtin_bytes
 
 
-def training_metrics(record: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
-    """Every epoch's figures, all hyperparameters and where the models are, from a run's record."""
-    curves, scalars = record["curves"], record["metrics"]["scalars"]
-    seconds = {mark["step"]: mark["training_seconds"] for mark in record["timing"].get("evaluations", [])}
-    steps = curves.get("evaluation_step", [])
-    names = [name for name in ("val_loss", "val_bits_per_byte", "probe_loss", "overfit_gap") if name in curves]
-    evaluations = [
-        {
-            "step": step,
-            **{name: curves[name][place] for name in names},
-            "training_seconds": seconds.get(step),
-        }
-        for place, step in enumerate(steps)
-    ]
-    best = min(
-        (each for each in evaluations if each["val_loss"] is not None), key=lambda e: e["val_loss"], default=None
-    )
-    return {
-        "experiment_id": record["experiment_id"],
-        "run_id": record["run_id"],
-        "config_hash": record["config_hash"],
-        "hyperparameters": record["config"],
-        "epochs": [
-            {"epoch": number, "train_loss": loss}
-            for number, loss in enumerate(record["gate"]["evidence"].get("epoch_losses", []), 1)
-        ],
-        "evaluations": evaluations,
-        "final": scalars,
-        "best": best,
-        "models": {
-            "final": str(run_dir / "checkpoints" / f"step_{scalars['steps_trained']:07d}"),
-            "best": None if best is None else str(run_dir / "checkpoints" / f"step_{best['step']:07d}"),
-        },
-        "timing": record["timing"],
-        "provenance": record["provenance"],
-    }
-
-
-def _report(gate: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: gate[name] for name in ("passed", "criteria", "failure_reason", "evidence")}
-
-
-def _print_verdict(gate: Mapping[str, Any]) -> None:
-    for row in gate["criteria"]:
-        value = "not measured" if row["value"] is None else f"{row['value']:.4g}"
-        mark = "passed" if row["passed"] else "MISSED"
-        _say(mark, f"{row['metric']:<16} {value:>12}   asked {row['op']} {row['threshold']:g}")
+def _require(missing: str | None, code: int, what: str, option: str) -> None:
+    if missing is not None:
+        raise PhaseFailed(code, f"there is no {what} to go on with ({missing}); leave out {option}")
 
 
 def _example(name: str) -> Path:
@@ -539,6 +531,24 @@ def _errors_of_runs() -> tuple[type[Exception], ...]:
     return tuple(getattr(sys.modules[module], name) for module, name in names if module in sys.modules)
 
 
+def _why_training_failed(run_dir: Path) -> str:
+    """What the record of a run says, and what to do; what would only happen again is not advised."""
+    manifest = importlib.import_module("accel_train.training.manifest")
+    reason = str(_record_of(run_dir).get("reason") or "see above")
+    found = manifest.list_checkpoints(run_dir / "checkpoints")
+    if "not finite" in reason:
+        then = "the same command would come to the same: lower the --learning-rate"
+    elif "out of memory" in reason:
+        then = "use a smaller --batch-size, --max-seq-length or model (--config)"
+    elif found:
+        then = f"the checkpoint of step {found[-1][0]} is intact, and the same command goes on from there"
+    else:
+        then = "nothing was saved yet: the same command begins again"
+    log = run_dir / "logs" / "rank_0.log"
+    details = f"; {log} has the details" if log.exists() else ""
+    return f"training failed: {reason}{details}; {then}"
+
+
 def _launch_of(record: Mapping[str, Any]) -> tuple[Any, Any]:
     """Which run, and which of its launches, a record tells of."""
     return record.get("run_id"), record.get("provenance", {}).get("launches")
@@ -562,6 +572,7 @@ _OPTION_OF = {
     "training.batch_size": "--batch-size",
     "training.learning_rate": "--learning-rate",
     "model.max_seq_len": "--max-seq-length",
+    "seed": "--seed",
     "output_dir": "--output-dir",
 }
 
@@ -572,7 +583,15 @@ def _as_option(field: str) -> str:
 
 
 def _say(phase: str, what: str) -> None:
-    print(f"{phase:<10} {what}", flush=True)
+    _print(f"{phase:<10} {what}")
+
+
+def _print(line: str) -> None:
+    try:
+        print(line, flush=True)
+    except OSError:
+        # The reader is gone (`| head`): that is no reason to stop.
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
 
 
 if __name__ == "__main__":

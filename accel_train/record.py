@@ -293,6 +293,8 @@ class RunSummary:
     rule_compliance: float | None
     val_loss: float | None
     """Nats per token; runs of the text task."""
+    val_bits_per_byte: float | None
+    """The same, whatever the vocabulary."""
     created_at: str | None
     """ISO 8601, UTC."""
 
@@ -314,7 +316,7 @@ def list_runs(results: str | Path) -> list[RunSummary]:
             record = _read_if_any(directory)
         except RecordError as error:
             log.warning("%s", error)
-            runs.append(RunSummary(directory.name, "damaged", 0, False, None, None, None, None))
+            runs.append(RunSummary(directory.name, "damaged", 0, False, None, None, None, None, None))
             continue
         scalars = record.get("metrics", {}).get("scalars", {})
         runs.append(
@@ -326,6 +328,7 @@ def list_runs(results: str | Path) -> list[RunSummary]:
                 edge_compliance=scalars.get("final_edge_compliance"),
                 rule_compliance=scalars.get("final_rule_compliance"),
                 val_loss=scalars.get("final_val_loss"),
+                val_bits_per_byte=scalars.get("val_bits_per_byte"),
                 created_at=record.get("created_at"),
             )
         )

@@ -180,6 +180,8 @@ class RecordKeeper(Callback):
             verdict = f"gate passed after epoch {gate['epoch']}: {', '.join(figures)}"
         else:
             verdict = f"gate not passed after epoch {gate['epoch']}: {gate['failure_reason']}"
+        if "val_bits_per_byte" in scalars:
+            verdict += f"; {scalars['val_bits_per_byte']:.4f} bits per byte"
         seconds = self.record["timing"]["seconds"].get("total", 0.0)
         return f"{verdict} ({scalars.get('steps_trained', 0)} steps, {seconds:.1f} s)"
 

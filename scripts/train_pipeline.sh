@@ -13,5 +13,7 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/nul
     echo "train_pipeline.sh: error: $("$python" --version 2>&1) is older than 3.11; name another: PYTHON=/path/to/python3.11" >&2
     exit 1
 fi
+# What is installed beside the interpreter, such as accelerate, without an activated environment.
+case $python in */*) export PATH="$(cd "$(dirname "$python")" && pwd):$PATH" ;; esac
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 exec "$python" -m accel_train.pipeline "$@"

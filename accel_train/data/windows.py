@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -84,7 +85,8 @@ Ranges = npt.NDArray[np.int64]
 """``(ranges, 2)``: first token and the one after the last, in ascending order, disjoint."""
 
 _STRETCH_WINDOWS = 16
-_STRETCHES_HELD_OUT = 4
+_STRETCHES = 4
+"""Of the smaller part, at least, in a short stream."""
 
 
 def split_corpus(
@@ -99,9 +101,9 @@ def split_corpus(
         num_tokens: length of the stream.
         context_length: tokens of an input; ``blocks`` holds out whole windows.
         val_fraction: part held out, in (0, 1).
-        how: ``tail`` holds out the end of the stream. ``blocks`` holds out every k-th stretch of (at most 16)
-            whole windows, with k the nearest to ``1 / val_fraction``, so that what changes along the
-            corpus (its language, its author) is in both parts.
+        how: ``tail`` holds out the end of the stream. ``blocks`` holds out stretches of (at most 16) whole
+            windows, evenly spread, so that what changes along the corpus (its language, its author) is
+            in both parts.
 
     Returns:
         The ranges of tokens for training and for validation. Either may be empty when the stream is short.
@@ -109,13 +111,16 @@ def split_corpus(
     if how == "tail":
         cut = num_tokens - int(num_tokens * val_fraction)
         return _ranges([0], [cut]), _ranges([cut], [num_tokens])
-    every = max(2, round(1 / val_fraction))
+    share = Fraction(val_fraction).limit_denominator(10_000)
     windows = num_tokens // context_length
-    stretch = max(1, min(_STRETCH_WINDOWS, windows // (_STRETCHES_HELD_OUT * every))) * context_length + 1
+    of_smaller_part = int(windows * min(share, 1 - share))
+    stretch = max(1, min(_STRETCH_WINDOWS, of_smaller_part // _STRETCHES)) * context_length + 1
     starts = np.arange(0, num_tokens, stretch, dtype=np.int64)
     ends = np.minimum(starts + stretch, num_tokens)
+    # As many as are due after so many stretches, rounded: with a tenth, stretches 5, 15, 25 and so on.
+    due = (2 * np.arange(-1, len(starts)) * share.numerator + share.denominator) // (2 * share.denominator)
     # The last stretch may be cut short: it is never held out, so that all windows held out are whole.
-    held_out = (np.arange(len(starts)) % every == every // 2) & (ends - starts == stretch)
+    held_out = (np.diff(due) == 1) & (ends - starts == stretch)
     return _ranges(starts[~held_out], ends[~held_out]), _ranges(starts[held_out], ends[held_out])
 
 
@@ -149,6 +154,16 @@ class _InMemory:
         return gathered
 
 
+def count_windows(ranges: Ranges, context_length: int, stride: int | None = None) -> int:
+    """How many windows a :class:`WindowDataset` of these settings has."""
+    return int(_window_counts(ranges, context_length, context_length if stride is None else stride).sum())
+
+
+def _window_counts(ranges: Ranges, context_length: int, stride: int) -> Ranges:
+    counts: Ranges = np.maximum((ranges[:, 1] - ranges[:, 0] - context_length - 1) // stride + 1, 0)
+    return counts
+
+
 class WindowDataset(_Samples):
     """Windows of a stream of tokens: the input, and the target shifted by one.
 
@@ -180,7 +195,7 @@ class WindowDataset(_Samples):
         used = _ranges([0], [len(tokens)]) if ranges is None else np.asarray(ranges, dtype=np.int64).reshape(-1, 2)
         if used.size and (used.min() < 0 or used.max() > len(tokens)):
             raise ValueError(f"the ranges reach from {used.min()} to {used.max()}, the stream has {len(tokens)} tokens")
-        counts = np.maximum((used[:, 1] - used[:, 0] - context_length - 1) // self.stride + 1, 0)
+        counts = _window_counts(used, context_length, self.stride)
         self._starts = used[:, 0]
         self._first = np.concatenate([[0], np.cumsum(counts)])
         if not len(self):

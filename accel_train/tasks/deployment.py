@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -26,6 +29,7 @@ from accel_train.interrupt import Interrupted
 from accel_train.model.generation import stream
 from accel_train.model.transformer import TransformerLM
 from accel_train.text.tokenizer import TOKENIZER_FILE, TextTokenizer
+from accel_train.training.preemption import tied_to_this_process
 
 WARM_UP_TOKENS = 32
 TIMED_TOKENS = 256
@@ -64,11 +68,14 @@ def measure_apart(checkpoint: Path, should_stop: Callable[[], bool], timeout: fl
     env = {name: value for name, value in os.environ.items() if name not in ours} | {"CUDA_VISIBLE_DEVICES": ""}
     # This package may be found by where its script lies alone.
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [env.get("PYTHONPATH")])])
-    line = [sys.executable, "-m", __name__, str(checkpoint)]
-    # In a session of its own: a Ctrl-C is answered here.
-    with subprocess.Popen(
-        line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+    line = tied_to_this_process([sys.executable, "-m", __name__, str(checkpoint)])
+    # Files, not pipes: whatever it prints, nobody needs to read it while it runs. A session of its own: a Ctrl-C is
+    # answered here.
+    with (
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as err,
+        subprocess.Popen(line, env=env, stdout=out, stderr=err, start_new_session=True) as process,
+    ):
         try:
             deadline = time.monotonic() + timeout
             while process.poll() is None:
@@ -79,11 +86,21 @@ def measure_apart(checkpoint: Path, should_stop: Callable[[], bool], timeout: fl
                 time.sleep(_POLL_SECONDS)
         finally:
             process.kill()
-        output, errors = process.communicate()
+        output, errors = _lines(out), _lines(err)
     if process.returncode:
-        last = errors.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
-        raise DeploymentError(f"{checkpoint} could not be used in a process of its own: {last[0]}")
-    return Deployment(**json.loads(output))
+        last = errors[-1] if errors else f"exit code {process.returncode}"
+        raise DeploymentError(f"{checkpoint} could not be used in a process of its own: {last}")
+    try:
+        return Deployment(**json.loads(output[-1]))
+    except (IndexError, ValueError, TypeError) as error:
+        raise DeploymentError(
+            f"the process that used {checkpoint} did not end with its figures: {output[-1:]}"
+        ) from error
+
+
+def _lines(file: TextIO) -> list[str]:
+    file.seek(0)
+    return file.read().strip().splitlines()
 
 
 def measure(checkpoint: Path, *, tokens: int = TIMED_TOKENS) -> Deployment:
@@ -106,10 +123,12 @@ def measure(checkpoint: Path, *, tokens: int = TIMED_TOKENS) -> Deployment:
 
 
 def peak_rss_bytes() -> int:
-    """The largest resident memory of this process so far (Linux).
+    """The largest resident memory of this process so far.
 
-    Not ``ru_maxrss``: that survives ``exec`` and begins with the size of whoever started this process.
+    On Linux not ``ru_maxrss``: that survives ``exec`` and begins with the size of whoever started this process.
     """
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes there
     status = Path("/proc/self/status").read_text(encoding="ascii")
     line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
     return 1024 * int(line.split()[1])

@@ -39,7 +39,8 @@ from accel_train.text.tokenizer import CHAR_VOCAB_SIZE, TOKENIZER_FILE, TextToke
 from accel_train.text.tokens import Tokens
 
 _PROBE_WINDOWS = 256
-_PROMPTS_PER_LANGUAGE, _PROMPT_TOKENS, _CONTINUATION_TOKENS = 5, 24, 64
+_PROMPTS_PER_LANGUAGE, _FEWEST_PROMPTS = 20, 5
+_PROMPT_TOKENS, _CONTINUATION_TOKENS = 24, 64
 _WINDOWS_LOOKED_AT = 400
 _SAMPLE, _JUDGED = range(2)
 
@@ -176,7 +177,11 @@ class TextTask:
             f"{counting / self._nats_per_bit():.3f} bits per byte",
         )
         _, prompted = self._judged_prompts()
-        asked = self._criteria(final=True, languages=[each for each in LANGUAGES if each in prompted])
+        asked = self._criteria(
+            final=True,
+            languages=[each for each in LANGUAGES if each in prompted],
+            epochs=self.config.training.max_epochs,
+        )
         named = [f"{c.metric} {c.op} {c.threshold:g}" for c in asked]
         say("preflight", f"the gate asks {' and '.join(named) or 'nothing'}")
         for warning in warnings:
@@ -337,7 +342,7 @@ class TextTask:
         inputs, _ = val.__getitems__(_spread(len(val), _WINDOWS_LOOKED_AT))
         languages = [language_of(self.tokenizer.decode(row[:length].tolist())) for row in inputs]
         counts = Counter(languages)
-        if any(counts[language] < _PROMPTS_PER_LANGUAGE for language in LANGUAGES):
+        if any(counts[language] < _FEWEST_PROMPTS for language in LANGUAGES):
             chosen = _spread(len(inputs), len(LANGUAGES) * _PROMPTS_PER_LANGUAGE).tolist()
             return inputs[chosen, :length], [None] * len(chosen)
         chosen = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import os
 import re
 import shutil
 import time
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accel_train.durable import naming
 from accel_train.interrupt import Interrupted, abandonable
 
 _BLOCK_BYTES = 1 << 18
@@ -156,6 +158,8 @@ def _attempt(
         raise _Again(_named(error.reason, timeout)) from error
     except (http.client.InvalidURL, ValueError) as error:
         raise DownloadError(url, f"is no address ({error}); check it (text.corpus)") from error
+    except DownloadError:
+        raise
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # the disk, not the network
@@ -190,27 +194,33 @@ def _receive(
             state.validator = None  # says that it means the same, not that it has the same bytes
     if size is not None and state.total not in {None, size}:
         raise DownloadError(url, _not_expected(state.total, size))
+    encoding = response.headers.get("Content-Encoding", "identity")
+    if encoding != "identity":
+        raise DownloadError(
+            url, f"is sent in the encoding {encoding}, which was not asked for; fetch it by other means"
+        )
+    if path.is_file():
+        os.truncate(path, state.done)  # before the free space is looked at
     missing = (state.total or 0) - state.done
     free = shutil.disk_usage(path.parent).free
     if missing > free:
         raise DownloadError(url, f"has {missing / 1e6:.0f} MB, but {path.parent} has {free / 1e6:.0f} MB free")
     most, why = (state.done + free, "all that is free") if size is None else (size, "text.corpus_bytes")
-    with path.open("r+b" if resumed else "wb") as file:
-        file.truncate(state.done)
-        file.seek(state.done)
+    file = path.open("ab")
+    try:
         # What has arrived, however little: a slow server shows progress too.
         while block := response.read1(_BLOCK_BYTES):
             if should_stop():
                 raise Interrupted
             if state.done + len(block) > most:
                 raise DownloadError(url, f"sends more than {most} bytes ({why}); check address and size")
-            try:
+            with naming(path):
                 file.write(block)
-            except OSError as error:
-                error.filename = str(path)
-                raise
             state.done += len(block)
             progress(state.done, state.total)
+    finally:
+        with naming(path):
+            file.close()
     if state.total is not None and state.done < state.total:
         raise _Again(f"the connection ended after {state.done} of {state.total} bytes")
 

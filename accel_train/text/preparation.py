@@ -11,11 +11,9 @@ import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-
 from accel_train.config import ConfigError, ExperimentConfig, canonical_json
-from accel_train.data.cache import cached
-from accel_train.data.windows import Ranges, split_corpus
+from accel_train.data.cache import cached, damage
+from accel_train.data.windows import Ranges, count_windows, split_corpus
 from accel_train.interrupt import Interrupted, abandonable
 from accel_train.meter import Meter
 from accel_train.observer import SILENT, Observer
@@ -41,6 +39,8 @@ _BUILTIN_VERSION, _TOKENIZER_VERSION, _TOKENS_VERSION = 1, 1, 1
 _BUILTIN_SEED = 0
 """The corpus is data: runs of different seeds share it."""
 _CORPUS_FILE = "corpus.txt"
+_SENSIBLE_BATCH = 16
+"""A corpus that gives so many windows is not to blame for being smaller than a batch."""
 
 
 def split(config: ExperimentConfig, tokens: int) -> tuple[Ranges, Ranges]:
@@ -71,13 +71,26 @@ class Preparation:
             ConfigError: it is missing, empty, binary or not UTF-8; names the byte.
             Interrupted: ``should_stop()`` turned true.
         """
-        place = self.config.text.corpus
-        if place != BUILTIN and not is_url(place):
-            self._corpus = self._checked(lambda: find_files(place), say, should_stop)
-            wanted = self.config.text.corpus_sha256
-            if wanted is not None and wanted.lower() != self._corpus.sha256:
-                rule = f"is not the SHA-256 of {place}, which is {self._corpus.sha256}; check the corpus and the digest"
-                raise ConfigError("text.corpus_sha256", wanted, rule)
+        text = self.config.text
+        if text.corpus == BUILTIN:
+            for name in ("corpus_sha256", "corpus_bytes"):
+                value = getattr(text, name)
+                if value is not None:
+                    raise ConfigError(
+                        f"text.{name}", value, "has no meaning for the built-in corpus; name a corpus too"
+                    )
+        elif not is_url(text.corpus):
+            self._corpus = self._checked(lambda: find_files(text.corpus), say, should_stop)
+            expected = (
+                ("corpus_sha256", text.corpus_sha256 and text.corpus_sha256.lower(), self._corpus.sha256),
+                ("corpus_bytes", text.corpus_bytes, self._corpus.size),
+            )
+            for name, wanted, found in expected:
+                if wanted not in {None, found}:
+                    rule = (
+                        f"is not that of {text.corpus}, which is {found}; check the corpus and what is expected of it"
+                    )
+                    raise ConfigError(f"text.{name}", wanted, rule)
 
     def build(self, shared: Path, say: Say, should_stop: StopCheck) -> str:
         """Fetch or make the corpus, train the tokenizer, write the tokens; or verify and reuse them.
@@ -113,13 +126,13 @@ class Preparation:
             return None
         return f"download-{_short(canonical_json([text.corpus, text.corpus_sha256, text.corpus_bytes]))}"
 
-    def has_corpus(self, shared: Path) -> bool:
-        """Whether there is nothing to fetch or to make."""
-        return self._corpus_key is None or (shared / self._corpus_key).is_dir()
+    def missing_corpus(self, shared: Path) -> str | None:
+        """Why a corpus has to be fetched or made; None when it is there and sound."""
+        return None if self._corpus_key is None else _missing(shared / self._corpus_key)
 
-    def has_tokenizer(self, corpus: Corpus, shared: Path) -> bool:
-        """Whether there is nothing to train."""
-        return self.config.text.tokenizer == "char" or (shared / self._tokenizer_key(corpus)).is_dir()
+    def missing_tokenizer(self, corpus: Corpus, shared: Path) -> str | None:
+        """Why a tokenizer has to be trained; None when it is there and sound."""
+        return None if self.config.text.tokenizer == "char" else _missing(shared / self._tokenizer_key(corpus))
 
     def _tokenizer_key(self, corpus: Corpus) -> str:
         text = self.config.text
@@ -175,16 +188,25 @@ class Preparation:
         return directory
 
     def _check_size(self, tokens: int) -> None:
+        context, batch = self.config.model.max_seq_len, self.config.training.batch_size
         train, val = split(self.config, tokens)
-        context = self.config.model.max_seq_len
-        for part, ranges in (("training", train), ("validation", val)):
-            windows = int(np.maximum((ranges[:, 1] - ranges[:, 0] - 1) // context, 0).sum())
-            needed = self.config.training.batch_size if part == "training" else 1
-            if windows < needed:
+        counts = {
+            "training": count_windows(train, context, self.config.text.stride),
+            "validation": count_windows(val, context),
+        }
+        if _SENSIBLE_BATCH <= counts["training"] < batch:
+            raise ConfigError(
+                "training.batch_size",
+                batch,
+                f"is more than the {counts['training']} windows of {context} tokens that this corpus gives for "
+                "training; choose a smaller one or use more text",
+            )
+        for part, needed in (("training", batch), ("validation", 1)):
+            if counts[part] < needed:
                 raise ConfigError(
                     "text.corpus",
                     self.config.text.corpus,
-                    f"is too small: {tokens:,} tokens give {windows} windows of model.max_seq_len = {context} "
+                    f"is too small: {tokens:,} tokens give {counts[part]} windows of model.max_seq_len = {context} "
                     f"for {part}, and {needed} are needed; use more text, a shorter context or a smaller batch",
                 )
 
@@ -261,6 +283,13 @@ class Preparation:
             observer=self._observer,
         )
         return directory, "built" if name in self.built else "found and verified"
+
+
+def _missing(directory: Path) -> str | None:
+    if not directory.is_dir():
+        return f"{directory} does not exist"
+    problem = damage(directory)
+    return None if problem is None else f"{directory} is damaged: {problem}"
 
 
 def _counted(corpus: Corpus, meter: Meter, should_stop: StopCheck) -> Iterator[str]:

@@ -22,6 +22,7 @@ _SUMMARY_FIGURES = {
     "rule_compliance": "rule",
     "sampled_rule_compliance": "sampled rule",
     "val_loss": "validation loss",
+    "val_bits_per_byte": "bits per byte",
 }
 
 

@@ -86,6 +86,29 @@ def test_a_pipeline_killed_in_any_phase_ends_with_the_same_bits(
 
 
 @slow
+@pytest.mark.parametrize(
+    ("point", "number"),
+    [
+        (observer.CORPUS_BEGUN, CORPUS),
+        (observer.CORPUS_BEGUN, TOKENIZER),
+        (observer.CORPUS_BEGUN, TOKENS),
+        (observer.CONCLUSION_BEGUN, 1),
+    ],
+)
+def test_a_pipeline_that_is_told_to_stop_in_any_phase_leaves_with_75_and_goes_on(
+    tmp_path: Path, undisturbed: dict[str, object], point: str, number: int
+) -> None:
+    mark = tmp_path / "told"
+    injected = fault(point, mark, number=number, do="run", command="kill -TERM $PPID")
+    output = pipeline(tmp_path, expect=75, FAULT=injected)
+    assert mark.exists()
+    assert "run the same command again" in output
+    assert not list((tmp_path / "out" / "corpora").glob(".tmp-*"))
+    pipeline(tmp_path)
+    assert bits(tmp_path / "out") == undisturbed
+
+
+@slow
 def test_a_pipeline_killed_in_a_download_ends_with_the_same_bits(
     tmp_path: Path, undisturbed_out: Path, undisturbed: dict[str, object]
 ) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
-from harness import ROOT, record, run, run_dir
+from harness import ROOT, record, run, run_dir, write_config
 
 from accel_train.cli import parse_config
+from accel_train.config import to_dict
 from accel_train.record import load_schema, load_sufficient_runs
 from accel_train.tasks.walks import WalksTask
 from accel_train.walks.compliance import score
@@ -34,6 +35,19 @@ def test_the_whole_corpus_obeys_every_rule(tmp_path: Path, example: Path) -> Non
     assert found.edge_compliance == 1.0
     assert found.rule_compliance == 1.0
     assert (found.checks_per_rule > 0).all(), "a rule that no walk meets cannot be learned"
+
+
+def test_the_anchor_run_runs_when_shortened(tmp_path: Path, here) -> None:
+    config, _ = parse_config(["--config", str(ROOT / "examples" / "walks_anchor.yaml")])
+    shorter = {
+        "output_dir": str(tmp_path / "out"),
+        "walks": {"num_walks": 2000},
+        "training": {"max_steps": 2, "batch_size": 4},
+        "gate": {"num_sequences": 8, "min_rule_checks": 1},
+    }
+    shown = here("train", "--config", write_config(tmp_path / "short.yaml", to_dict(config), shorter))
+    assert shown.code == 0, shown.err
+    assert record(tmp_path / "out")["metrics"]["scalars"]["steps_trained"] == 2
 
 
 def test_the_quick_run_passes_its_gate_and_says_so(tmp_path: Path) -> None:

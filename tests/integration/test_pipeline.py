@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
+import re
 import shutil
 import signal
 import stat
 import subprocess
 import sys
 import venv
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
-from harness import ACCELERATE, ROOT, Shown, checkpoints, environment, metrics, record, run_dir, wait_for
+from harness import ROOT, Shown, checkpoints, environment, in_terminal, metrics, record, run_dir, wait_for
 from texts import PIPELINE, pipeline, tiny_text
 from web import Web, fails, gives, redirects, stalls, truncates
 
 from accel_train.durable import sha256_file
-from accel_train.pipeline import pipeline_main
+from accel_train.pipeline import _parser, _Pipeline, pipeline_main
+from accel_train.pipeline_report import load_metrics_schema
 from accel_train.record import load_schema
+from accel_train.text.builtin import builtin_text
 
 SPANISH = (
     "Había una vez un pescador que vivía junto al río con su hijo y no tenía nada más que una red.\n" * 600
@@ -72,6 +78,17 @@ def test_every_phase_is_headed_and_timed_and_the_artifacts_are_listed(finished: 
     assert shown.out.count("skipped") == 0
 
 
+def test_the_loss_is_told_in_nats_per_token_and_in_bits_per_byte(finished: tuple[Path, Path, Shown], here) -> None:
+    _, out, shown = finished
+    scalars = record(out)["metrics"]["scalars"]
+    nats, bits = f"{scalars['final_val_loss']:.4f}", f"{scalars['val_bits_per_byte']:.4f}"
+    assert f"validation loss {nats}  bits per byte {bits}" in shown.lines("epoch")[-1]
+    assert f"; {bits} bits per byte (" in shown.lines("completed")[0]
+    assert shown.lines("measured")[0].startswith(f"{nats} nats per token, {bits} bits per byte on the held-out text")
+    listed = [line.split() for line in here("runs", out).out.splitlines()]
+    assert listed[1][listed[0].index("BPB")] == f"{scalars['val_bits_per_byte']:.3f}"
+
+
 def test_the_record_and_the_metrics_are_whole(finished: tuple[Path, Path, Shown]) -> None:
     _, out, _ = finished
     found = record(out)
@@ -81,14 +98,20 @@ def test_the_record_and_the_metrics_are_whole(finished: tuple[Path, Path, Shown]
         "final_val_loss", "best_val_loss", "val_bits_per_byte", "overfit_gap", "latency_p95_ms", "rss_mb",
     ):  # fmt: skip
         assert isinstance(scalars[name], float), name
-    assert "seconds_to_val_loss_5" in scalars
+    below = [mark["training_seconds"] for mark in found["timing"]["evaluations"]]
+    first = next(place for place, loss in enumerate(found["curves"]["val_loss"]) if loss < 5)
+    assert scalars["seconds_to_val_loss_5"] == below[first] > 0
     assert len(found["curves"]["val_loss"]) == 3
     assert scalars["best_val_loss"] == min(found["curves"]["val_loss"])
     assert 0.1 < scalars["latency_p95_ms"] < 250
     assert 100 < scalars["rss_mb"] < 400
 
     kept = json.loads((out / "training_metrics.json").read_text())
+    jsonschema.validate(kept, load_metrics_schema())
     assert [row["epoch"] for row in kept["epochs"]] == [1, 2, 3]
+    assert [row["train_loss"] for row in kept["epochs"]] == pytest.approx(found["gate"]["evidence"]["epoch_losses"])
+    assert [row["val_loss"] for row in kept["epochs"]] == found["curves"]["val_loss"]
+    assert [row["val_bits_per_byte"] for row in kept["epochs"]] == found["curves"]["val_bits_per_byte"]
     assert [row["val_loss"] for row in kept["evaluations"]] == found["curves"]["val_loss"]
     assert all(row["training_seconds"] > 0 for row in kept["evaluations"])
     assert kept["hyperparameters"] == found["config"]
@@ -97,6 +120,7 @@ def test_the_record_and_the_metrics_are_whole(finished: tuple[Path, Path, Shown]
     report = json.loads((out / "validation_report.json").read_text())
     assert report["passed"]
     assert {row["metric"] for row in report["criteria"]} >= {"val_loss", "overfit_gap", "repetition", "rss_mb"}
+    assert report["metrics"] == scalars
 
 
 def test_the_log_is_for_machines_and_the_samples_for_people(finished: tuple[Path, Path, Shown]) -> None:
@@ -140,18 +164,47 @@ def test_resume_goes_on_with_the_options_of_the_last_call(finished: tuple[Path, 
     assert "is trained" in shown.out
 
 
-def test_options_change_the_configuration(finished: tuple[Path, Path, Shown], tmp_path: Path) -> None:
-    config, out = copied(finished, tmp_path)
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Shown]:
+    """``(output directory, what a terminal showed)`` of a pipeline with every option, its corpus fetched."""
+    directory = tmp_path_factory.mktemp("changed")
+    config, out = tiny_text(directory, {"gate": {"val_loss_threshold": None}}), directory / "out"
     options = ["--vocab-size", 300, "--epochs", 1, "--batch-size", 8, "--learning-rate", 0.02, "--max-seq-length", 16]
-    shown = pipeline("--config", config, "--output-dir", out, "--seed", 7, "--tokenizer", "unigram", *options)
-    assert shown.code in {0, 5}, shown.out + shown.err
-    chosen = json.loads((out / "training_metrics.json").read_text())["hyperparameters"]
+    options += ["--seed", 7, "--tokenizer", "unigram", "--config", config, "--output-dir", out]
+    with Web(gives("".join(builtin_text(60_000, 0)).encode())) as web:
+        line = ["env", f"PYTHON={sys.executable}", PIPELINE, "--corpus-url", web.url, *options]
+        shown = in_terminal([str(each) for each in line])
+    assert shown.code == 0, shown.out
+    return out, shown
+
+
+def test_options_change_the_configuration(changed: tuple[Path, Shown]) -> None:
+    chosen = json.loads((changed[0] / "training_metrics.json").read_text())["hyperparameters"]
     assert chosen["text"]["vocab_size"] == 300
     assert chosen["text"]["tokenizer"] == "unigram"
+    assert chosen["text"]["corpus"].startswith("http://127.0.0.1:")
     assert chosen["seed"] == 7
     assert chosen["model"]["max_seq_len"] == 16
     training = chosen["training"]
     assert (training["max_epochs"], training["batch_size"], training["learning_rate"]) == (1, 8, 0.02)
+
+
+def test_a_terminal_shows_every_phase_once_and_a_bar_wherever_it_takes_time(changed: tuple[Path, Shown]) -> None:
+    # What a carriage return leaves on the screen: the bars are drawn over, the lines stay.
+    drawn = [part.strip() for line in changed[1].out.splitlines() for part in line.split("\r")]
+    bars = [part for part in drawn if re.search(r"\d+%\||B/s\]$", part)]
+    for what in ("download", "corpus: text checked", "tokenizer: text read", "tokens: text read"):
+        assert any(bar.startswith(f"{what}: ") for bar in bars), (what, bars)
+    assert any(re.match(r"epoch 1/1: 100%.* loss \d\.\d{4}, lr ", bar) for bar in bars), bars
+
+    lines = [part for part in drawn if part and part not in bars]
+    headings = [line.split()[2] for line in lines if line.startswith("== ")]
+    assert headings == ["Prerequisites", "Corpus", "Tokenizer", "Training", "Validation"]
+    timed = [match[1] for line in lines if (match := re.match(r"done +(\w+) in \d+\.\d s$", line))]
+    assert timed == [heading.lower() for heading in headings]
+    twice = [line for line, count in Counter(lines).items() if count > 1]
+    assert not twice
+    assert lines.index("artifacts") < lines.index(next(line for line in lines if line.startswith("success in ")))
 
 
 def test_the_finished_model_writes_without_its_corpus(finished: tuple[Path, Path, Shown], tmp_path: Path, here) -> None:
@@ -228,6 +281,16 @@ def test_resume_takes_what_is_not_given_anew(
     assert json.loads((tmp_path / "out" / "pipeline.json").read_text()) == {**expected, "config": str(config)}
 
 
+@pytest.mark.parametrize("content", ["5", "{", "[1]"])
+def test_options_that_cannot_be_read_are_nothing_to_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    (tmp_path / "pipeline.json").write_text(content)
+    shown = here_pipeline(capsys, "--output-dir", tmp_path, "--resume")
+    assert shown.code == 1
+    assert "there is nothing to resume in " in complaint(shown)
+
+
 def test_it_works_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without an installed package: the model is used by another process, which has to find it too."""
     monkeypatch.chdir(tmp_path)
@@ -270,6 +333,16 @@ def here_pipeline(capsys: pytest.CaptureFixture[str], *arguments: object) -> Sho
         (["--config", "missing.yaml"], "missing.yaml"),
         (["--nonsense"], "unrecognized arguments"),
         (["--resume"], "nothing to resume"),
+        (["--seed", "-1"], "--seed: -1 must"),
+        (["--output-dir", ""], "--output-dir: is empty"),
+        (["--corpus-path", "espa\udcf1a.txt"], "is not a name in UTF-8"),
+        (["--config", str(ROOT / "examples" / "walks_quick.yaml")], "describes another task than text"),
+        (["--launcher", "accelerate 'x"], "No closing quotation; check it"),
+        (["--launcher", "nosuch launch"], "--launcher: there is no command 'nosuch'"),
+        (["--launcher", ""], "--launcher: there is no command ''"),
+        (["--corpus-path", ""], "--corpus-path: is empty"),
+        (["--corpus-url", "ftp://127.0.0.1/a.txt"], "must begin with http:// or https://"),
+        (["--tokenizer", "char", "--vocab-size", "300"], "--vocab-size: 300 has no meaning for --tokenizer char"),
     ],
 )
 def test_a_wrong_option_is_named_before_work_starts(
@@ -288,20 +361,68 @@ def test_an_output_directory_that_cannot_be_written(tmp_path: Path, capsys: pyte
     assert "cannot be written: Not a directory; choose another --output-dir" in complaint(shown)
 
 
-def test_a_disk_without_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@contextmanager
+def small_disk(directory: Path, *options: str) -> Iterator[Path]:
+    """A file system of its own, in memory."""
     if os.geteuid() != 0:
         pytest.skip("needs root, to mount")
-    disk = tmp_path / "disk"
+    disk = directory / "disk"
     disk.mkdir()
-    line = ["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(disk)]
+    line = ["mount", "-t", "tmpfs", "-o", *options, "tmpfs", str(disk)]
     if subprocess.run(line, capture_output=True, check=False).returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        shown = here_pipeline(capsys, "--output-dir", disk / "out")
+        yield disk
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_without_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with small_disk(tmp_path, "size=1M") as disk:
+        shown = here_pipeline(capsys, "--output-dir", disk / "out")
     assert shown.code == 1
     assert "has 1 MB free, about " in complaint(shown)
+
+
+def test_a_disk_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with small_disk(tmp_path, "ro") as disk:
+        shown = here_pipeline(capsys, "--output-dir", disk / "out")
+    assert shown.code == 1
+    assert "cannot be written: Read-only file system; choose another --output-dir" in complaint(shown)
+
+
+def test_a_run_that_has_begun_may_go_on_where_its_own_files_take_the_room(
+    finished: tuple[Path, Path, Shown], tmp_path: Path
+) -> None:
+    with small_disk(tmp_path, "size=20M") as disk:
+        config, out = copied(finished, disk)
+        shown = pipeline("--config", config, "--output-dir", out)
+    assert shown.code == 0, shown.out + shown.err
+    assert "are needed from the start; going on with what is there" in shown.out
+
+
+def test_pipelines_may_share_an_output_directory(tmp_path: Path) -> None:
+    """Files that both write: a writer must not take the other's temporary file away."""
+    both = [_Pipeline(_parser().parse_args(["--output-dir", str(tmp_path)]), None) for _ in range(2)]
+
+    def write(pipeline: _Pipeline) -> None:
+        for _ in range(200):
+            pipeline._keep_options()
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, both))
+    assert json.loads((tmp_path / "pipeline.json").read_text()) == {}
+
+
+def test_a_reader_that_leaves_does_not_stop_it(finished: tuple[Path, Path, Shown], tmp_path: Path) -> None:
+    config, out = copied(finished, tmp_path)
+    (out / "validation_report.json").unlink()
+    line = f'"{PIPELINE}" --config "{config}" --output-dir "{out}" | head -n 1; exit ${{PIPESTATUS[0]}}'
+    env = environment(PYTHON=sys.executable)
+    done = subprocess.run(["bash", "-c", line], env=env, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Error" not in done.stderr
+    assert (out / "validation_report.json").exists()
 
 
 def test_a_python_without_the_packages(tmp_path: Path) -> None:
@@ -396,11 +517,9 @@ def test_a_fetched_corpus_is_kept_and_the_server_not_asked_again(tmp_path: Path,
         (["--corpus-url", "http://[::1/a"], "is no address"),
         (["--corpus-url", "http://127.0.0.1:x/a"], "is no address"),
         (["--corpus-path", "x" * 5000], "File name too long"),
-        (["--corpus-path", str(ROOT / "README.md"), "--corpus-sha256", "0" * 64], "is not the SHA-256 of"),
-        (
-            ["--corpus-url", "http://127.0.0.1:9/a", "--skip-corpus"],
-            "there is no corpus to go on with; leave out --skip",
-        ),
+        (["--corpus-path", str(ROOT / "README.md"), "--corpus-sha256", "0" * 64], "is not that of"),
+        (["--corpus-sha256", "0" * 64], "has no meaning for the built-in corpus"),
+        (["--corpus-url", "http://127.0.0.1:9/a", "--skip-corpus"], "does not exist); leave out --skip-corpus"),
     ],
 )
 def test_a_corpus_that_is_not_there(
@@ -435,6 +554,27 @@ def test_a_corpus_that_cannot_be_tokenized(
     assert not list((tmp_path / "out" / "corpora").glob("tokens-*"))
 
 
+@pytest.mark.parametrize(("pattern", "code"), [("builtin-*/corpus.txt", 2), ("tokenizer-*/tokenizer.json", 3)])
+def test_what_is_damaged_is_not_there(
+    finished: tuple[Path, Path, Shown], tmp_path: Path, capsys: pytest.CaptureFixture[str], pattern: str, code: int
+) -> None:
+    config, out = copied(finished, tmp_path)
+    path = next((out / "corpora").glob(pattern))
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    options = ["--config", config, "--output-dir", out, "--skip-corpus", "--skip-tokenizer"]
+    shown = here_pipeline(capsys, *options)
+    assert shown.code == code
+    assert f"({path.parent} is damaged: {path.name} does not have the recorded size and SHA-256)" in complaint(shown)
+
+
+def test_a_batch_that_is_larger_than_the_corpus_is_to_blame(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_text(tmp_path)
+    shown = here_pipeline(capsys, "--config", config, "--output-dir", tmp_path / "out", "--batch-size", 5000)
+    assert shown.code == 3
+    assert "--batch-size: 5000 is more than the " in complaint(shown)
+
+
 def test_a_tokenizer_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = here_pipeline(capsys, "--output-dir", tmp_path / "out", "--skip-tokenizer")
     assert shown.code == 3
@@ -450,6 +590,8 @@ def test_training_that_diverges(tmp_path: Path) -> None:
     assert shown.code == 4, shown.out + shown.err
     assert "training stopped at step " in shown.err
     assert "the loss or a gradient is not finite" in shown.err
+    assert "the same command would come to the same: lower the --learning-rate" in shown.err.splitlines()[-1]
+    assert "warning    a learning rate of 1e+30 is far above the usual" in shown.out
     assert record(tmp_path / "out")["status"] == "failed"
 
 
@@ -468,6 +610,7 @@ def test_training_without_enough_memory(tmp_path: Path) -> None:
     assert done.returncode == 4, done.stdout + done.stderr
     assert "out of memory" in done.stderr
     assert "use a smaller training.batch_size" in done.stderr
+    assert "use a smaller --batch-size" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -505,8 +648,9 @@ def test_a_signal_in_training_and_the_same_command_goes_on(
 
 def test_training_on_two_processes_is_preempted_and_goes_on(tmp_path: Path) -> None:
     config, out = tiny_text(tmp_path), tmp_path / "out"
-    launcher = shlex.join([*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"])
-    options = ["--config", config, "--output-dir", out, "--launcher", launcher]
+    # Found beside the interpreter: no environment needs to be activated.
+    launcher = f"accelerate launch --config_file {ROOT / 'accelerate_config.yaml'} --multi_gpu --num_processes 2"
+    options = ["--config", config, "--output-dir", out, "--launcher", f"{launcher} --main_process_port 0"]
     output = signalled_in_training(out, signal.SIGTERM, *options)
     assert record(out)["status"] == "preempted", output
     again = pipeline(*options)
@@ -514,11 +658,14 @@ def test_training_on_two_processes_is_preempted_and_goes_on(tmp_path: Path) -> N
     assert record(out)["provenance"]["world_sizes"] == [2, 2]
 
 
-def test_a_launcher_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = tiny_text(tmp_path)
-    shown = here_pipeline(capsys, "--config", config, "--output-dir", tmp_path / "out", "--launcher", "nosuch launch")
+def test_a_launcher_that_starts_nothing(finished: tuple[Path, Path, Shown], tmp_path: Path) -> None:
+    """What the record says of an earlier launch is not its fault."""
+    config, reference, _ = finished
+    out = tmp_path / "out"
+    shutil.copytree(reference / "corpora", out / "corpora")
+    shown = pipeline("--config", config, "--output-dir", out, "--launcher", "false")
     assert shown.code == 4
-    assert "there is no command nosuch; check --launcher" in complaint(shown)
+    assert "--launcher: false ended with code 1 before training began" in complaint(shown)
 
 
 # -- 5: validation -------------------------------------------------------------------------
@@ -535,12 +682,12 @@ def test_a_model_that_misses_a_criterion(tmp_path: Path) -> None:
     assert record(tmp_path / "out")["status"] == "completed"
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "state.json"])
 def test_a_model_that_was_damaged_since(finished: tuple[Path, Path, Shown], tmp_path: Path, name: str) -> None:
     config, out = copied(finished, tmp_path)
     path = checkpoints(out)[-1] / name
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[len(content) // 2] ^= 0x80
     path.write_bytes(content)
     shown = pipeline("--config", config, "--output-dir", out)
     assert shown.code == 5, shown.out + shown.err

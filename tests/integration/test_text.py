@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
-from harness import ROOT, checkpoints, merged, record, run_dir, write_config
+from harness import ROOT, checkpoints, merged, metrics, record, run_dir, write_config
 from texts import tiny_text
 from warm import fork
 
@@ -65,13 +66,73 @@ def test_a_stop_is_answered_while_the_tokenizer_library_merges(tmp_path: Path) -
     assert not list(tmp_path.glob("*tokenizer-*/"))
 
 
+@pytest.mark.parametrize(
+    ("example", "sizes"),
+    [
+        (
+            "char",
+            {
+                "text": {"tokenizer": "char", "split": None, "val_fraction": None, "prompt": "The "},
+                "model": {"n_layers": 4, "d_model": 256, "n_heads": 4, "d_ff": 1024, "max_seq_len": 256}
+                | {"dropout": 0.1, "positions": "learned"},
+                "training": {"batch_size": 16, "learning_rate": 3e-4, "weight_decay": 0.1, "betas": [0.9, 0.95]}
+                | {"eval_interval": 200},
+            },
+        ),
+        (
+            "text_default",
+            {
+                "text": {"tokenizer": "bpe", "vocab_size": 8000, "temperature": 1.0, "top_k": None, "top_p": None},
+                "model": {"n_layers": 2, "d_model": 128, "n_heads": 4, "d_ff": 256, "max_seq_len": 128},
+                "training": {"batch_size": 32, "max_epochs": 20},
+            },
+        ),
+    ],
+)
+def test_an_example_has_the_sizes_that_it_is_known_by(example: str, sizes: dict[str, dict[str, Any]]) -> None:
+    config, _ = parse_config(["--config", str(ROOT / "examples" / f"{example}.yaml")])
+    found = to_dict(config)
+    assert {section: {name: found[section][name] for name in wanted} for section, wanted in sizes.items()} == sizes
+    assert (config.text.split_by, config.text.held_out_fraction) == {
+        "char": ("tail", 0.05), "text_default": ("blocks", 0.1)
+    }[example]  # fmt: skip
+
+
+NUMBER = {"type": "number"}
+IDENTITY = {
+    "run_id": {"type": "string", "minLength": 1},
+    "config_hash": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+    "git_commit": {"type": ["string", "null"]},
+    "step": {"type": "integer", "minimum": 1},
+}
+LOGGED = {**IDENTITY, "epoch": NUMBER, "loss": NUMBER, "learning_rate": NUMBER, "grad_norm": NUMBER}
+EVALUATED = {**IDENTITY, "loss": NUMBER, "val_loss": NUMBER, "val_bits_per_byte": NUMBER, "sample": {"type": "string"}}
+
+
+def test_characters_are_validated_every_so_many_steps_and_the_log_is_for_machines(tmp_path: Path) -> None:
+    char = {"text": {"tokenizer": "char", "vocab_size": 8000}, "training": {"eval_interval": 30, "max_epochs": 1}}
+    config = tiny_text(tmp_path, char, {"output_dir": str(tmp_path / "out"), "gate": {"val_loss_threshold": None}})
+    fork(config, 1)
+    lines = metrics(tmp_path / "out")
+    for line in lines:
+        kind = EVALUATED if "val_loss" in line else LOGGED
+        jsonschema.validate(line, {"type": "object", "properties": kind, "required": list(kind)})
+    last = record(tmp_path / "out")["metrics"]["scalars"]["steps_trained"]
+    evaluated = [line["step"] for line in lines if "val_loss" in line]
+    assert evaluated == sorted({*range(30, last + 1, 30), last})
+    assert record(tmp_path / "out")["curves"]["evaluation_step"] == evaluated
+    assert [line["step"] for line in lines if "val_loss" not in line] == list(range(10, last + 1, 10))
+
+
 @pytest.mark.parametrize("example", TEXTS, ids=lambda path: path.stem)
 def test_every_example_runs_when_shortened(tmp_path: Path, here, example: Path) -> None:
     config, _ = parse_config(["--config", str(example)])
     as_it_is = to_dict(config)
+    # As it is where it stands for those of its size: its corpus must support its vocabulary.
+    small = {"builtin_bytes": 500_000, "vocab_size": min(as_it_is["text"]["vocab_size"], 1000)}
     shorter = {
         "output_dir": str(tmp_path / "out"),
-        "text": {"builtin_bytes": min(as_it_is["text"]["builtin_bytes"], 3_000_000), "val_batches": 1},
+        "text": {**({} if example.stem == "text_default" else small), "val_batches": 1},
         "training": {"max_steps": 2, "eval_interval": None, "batch_size": 4, "gradient_accumulation_steps": 2},
         "gate": {"latency_p95_ms_threshold": None},
     }

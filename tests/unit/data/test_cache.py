@@ -87,7 +87,6 @@ DAMAGE = {
     "flipped bit": flip_a_bit,
     "truncated file": lambda path: os.truncate(path / "a.bin", 3),
     "missing file": lambda path: (path / "sub" / "b.txt").unlink(),
-    "stranger": lambda path: (path / "c").write_text("not in the index"),
     "no index": lambda path: (path / INDEX_FILE).unlink(),
     "torn index": lambda path: os.truncate(path / INDEX_FILE, 20),
     "index that is a list": lambda path: (path / INDEX_FILE).write_text("[]"),
@@ -107,6 +106,14 @@ def test_damaged_artifact_is_named_and_built_again(tmp_path, caplog, harm):
     assert damage(path) is None
     assert (path / "a.bin").read_bytes() == b"content"
     assert visible(tmp_path) == ["key"]
+
+
+def test_a_file_that_somebody_left_there_damages_nothing(tmp_path):
+    path = cached(tmp_path, "key", build)
+    (path / ".DS_Store").write_text("a file manager was here")
+    before = (path / "a.bin").stat().st_mtime_ns
+    cached(tmp_path, "key", build)
+    assert (path / "a.bin").stat().st_mtime_ns == before
 
 
 def test_failed_build_leaves_nothing_and_passes_its_error_on(tmp_path):

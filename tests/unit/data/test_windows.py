@@ -95,7 +95,7 @@ def test_the_tail_is_one_piece_of_the_size_asked_for():
 
 
 @pytest.mark.parametrize("tokens", [2_000, 50_000, 1_000_001])
-@pytest.mark.parametrize("fraction", [0.05, 0.1, 0.34])
+@pytest.mark.parametrize("fraction", [0.05, 0.1, 0.34, 0.4, 0.6, 0.9])
 def test_blocks_hold_out_whole_windows_all_along_the_stream(tokens, fraction):
     context = 16
     _, val = split_corpus(tokens, context, fraction, "blocks")

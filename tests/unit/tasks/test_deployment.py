@@ -41,6 +41,12 @@ def test_a_process_of_its_own_is_measured_not_this_one(checkpoint: Path) -> None
     assert found.timed_tokens > 100
 
 
+def test_what_python_prints_does_not_keep_it_waiting(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a pipe holds."""
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    assert measure_apart(checkpoint, lambda: False, timeout=60).timed_tokens > 100
+
+
 def test_a_model_that_cannot_be_loaded_is_said(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(DeploymentError, match=r"could not be used in a process of its own: .*Error"):

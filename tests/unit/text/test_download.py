@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import shutil
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from web import Request, Web, fails, gives, redirects, stalls, truncates
 
 from accel_train.interrupt import Interrupted
+from accel_train.text import download as module
 from accel_train.text.download import DownloadError, download, is_url
 
 CONTENT = bytes(itertools.islice(itertools.cycle(range(256)), 1_000_000))
@@ -100,6 +102,51 @@ def test_a_wrong_digest_or_size_is_refused(tmp_path: Path) -> None:
             fetch(web, tmp_path / "a", sha256="0" * 64)
         with pytest.raises(DownloadError, match="has 1000000 bytes, 5 were expected"):
             fetch(web, tmp_path / "a", size=5)
+
+
+def answer_without_length(request: Request) -> None:
+    request.send_response(200)
+    request.end_headers()
+    request.wfile.write(CONTENT)
+    request.close_connection = True
+
+
+def answer_in_gzip(request: Request) -> None:
+    request.send_response(200)
+    request.send_header("Content-Encoding", "gzip")
+    request.send_header("Content-Length", "2")
+    request.end_headers()
+    request.wfile.write(b"\x1f\x8b")
+
+
+@pytest.mark.parametrize(
+    ("answer", "options", "says"),
+    [
+        (gives(CONTENT), {"size": 100}, "has 1000000 bytes, 100 were expected"),
+        (answer_without_length, {"size": 100}, "sends more than 100 bytes"),
+        (answer_in_gzip, {}, "is sent in the encoding gzip"),
+    ],
+)
+def test_what_cannot_get_better_is_not_tried_again(tmp_path: Path, answer, options: dict[str, int], says: str) -> None:
+    with Web(answer) as web, pytest.raises(DownloadError, match=says):
+        fetch(web, tmp_path / "a", first_pause=30, **options)
+    assert len(web.ranges) == 1
+
+
+@pytest.mark.parametrize("answer", [gives(CONTENT), answer_without_length], ids=["announced", "unannounced"])
+def test_a_disk_that_is_too_small_is_named_and_nothing_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer
+) -> None:
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 500_000))
+    with Web(answer) as web, pytest.raises(DownloadError, match=r"0 MB free|all that is free"):
+        fetch(web, tmp_path / "a", first_pause=30)
+    assert len(web.ranges) == 1
+
+
+def test_a_disk_that_fills_up_is_not_taken_for_the_network(tmp_path: Path) -> None:
+    with Web(gives(CONTENT)) as web, pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        fetch(web, Path("/dev/full"), first_pause=30)
+    assert len(web.ranges) == 1
 
 
 def test_a_few_redirections_are_followed(tmp_path: Path) -> None:

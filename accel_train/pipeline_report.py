@@ -1,0 +1,125 @@
+"""What the pipeline leaves for people and programs: every epoch's figures, the verdict, and what to do about it.
+
+All of it is derived from the record of the run; nothing beyond the standard library is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+_MEASURED = ("val_loss", "val_bits_per_byte", "probe_loss", "overfit_gap")
+
+_ADVICE = {
+    "val_loss": "train longer (--epochs) or on more text",
+    "overfit_gap": "use more text, fewer --epochs, or more model.dropout (--config)",
+    "loss_rises": "lower the --learning-rate or use a larger --batch-size",
+    "repetition": "train longer (--epochs) or on more text, or sample with a higher text.temperature (--config)",
+    "language": "train longer (--epochs) or on more text of both languages",
+    "latency_p95_ms": "use a smaller model (--config), or a machine that does nothing else",
+    "rss_mb": "use a smaller model or --vocab-size",
+}
+"""What to try for a criterion that was missed."""
+
+
+def load_metrics_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of ``training_metrics.json``."""
+    text = resources.files("accel_train").joinpath("training_metrics.schema.json").read_text(encoding="utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+def training_metrics(record: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
+    """Every epoch's figures, all hyperparameters and where the models are, from the record of a completed run."""
+    scalars = record["metrics"]["scalars"]
+    per_epoch = round(scalars["steps_trained"] / scalars["epochs_trained"])
+    evaluations = _evaluations(record, per_epoch)
+    measured = [each for each in evaluations if each["val_loss"] is not None]
+    best = min(measured, key=lambda each: each["val_loss"], default=None)
+    return {
+        "experiment_id": record["experiment_id"],
+        "run_id": record["run_id"],
+        "config_hash": record["config_hash"],
+        "hyperparameters": record["config"],
+        "epochs": _epochs(record["curves"]["train_loss"], per_epoch, evaluations),
+        "evaluations": evaluations,
+        "final": scalars,
+        "best": best,
+        "models": {
+            "final": _checkpoint(run_dir, scalars["steps_trained"]),
+            "best": None if best is None else _checkpoint(run_dir, best["step"]),
+        },
+        "timing": record["timing"],
+        "provenance": record["provenance"],
+    }
+
+
+def _checkpoint(run_dir: Path, step: int) -> str:
+    return str(run_dir / "checkpoints" / f"step_{step:07d}")
+
+
+def _evaluations(record: Mapping[str, Any], per_epoch: int) -> list[dict[str, Any]]:
+    curves = record["curves"]
+    seconds = {mark["step"]: mark["training_seconds"] for mark in record["timing"].get("evaluations", [])}
+    return [
+        {
+            "step": step,
+            "epoch": step / per_epoch,
+            **{name: curves[name][place] for name in _MEASURED},
+            "training_seconds": seconds.get(step),
+        }
+        for place, step in enumerate(curves["evaluation_step"])
+    ]
+
+
+def _epochs(
+    losses: Sequence[float | None], per_epoch: int, evaluations: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """One row an epoch, the last one perhaps of fewer steps: mean training loss, and its last evaluation."""
+    rows = []
+    for number, first in enumerate(range(0, len(losses), per_epoch), 1):
+        part = losses[first : first + per_epoch]
+        known = [loss for loss in part if loss is not None]
+        inside = [each for each in evaluations if number - 1 < each["epoch"] <= number]
+        last = inside[-1] if inside else dict.fromkeys([*_MEASURED, "training_seconds"])
+        rows.append(
+            {
+                "epoch": number,
+                "steps": len(part),
+                "train_loss": math.fsum(known) / len(known) if known else None,
+                **{name: last[name] for name in (*_MEASURED, "training_seconds")},
+            }
+        )
+    return rows
+
+
+def validation_report(
+    gate: Mapping[str, Any], scalars: Mapping[str, Any], run_dir: Path, checkpoint: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The verdict on the finished model, with what it rests on."""
+    verdict = {name: gate[name] for name in ("passed", "criteria", "failure_reason", "evidence")}
+    return {"run": str(run_dir), "checkpoint": checkpoint, "metrics": dict(scalars), **verdict}
+
+
+def advice(gate: Mapping[str, Any]) -> str:
+    """What to do about the criteria that were missed."""
+    missed = [_ADVICE[row["metric"]] for row in gate["criteria"] if not row["passed"] and row["metric"] in _ADVICE]
+    return "; ".join([*dict.fromkeys(missed), "or change the gate in the configuration (--config)"])
+
+
+def verdict_lines(gate: Mapping[str, Any], scalars: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """``(heading, line)`` for people: the losses in both units, then every criterion."""
+    losses = (
+        f"{scalars['final_val_loss']:.4f} nats per token, {scalars['val_bits_per_byte']:.4f} bits per byte on the "
+        f"held-out text (best {scalars['best_val_loss']:.4f})"
+    )
+    lines = [("measured", losses)]
+    for row in gate["criteria"]:
+        value = "not measured" if row["value"] is None else f"{row['value']:.4g}"
+        mark = "passed" if row["passed"] else "MISSED"
+        lines.append((mark, f"{row['metric']:<16} {value:>12}   asked {row['op']} {row['threshold']:g}"))
+    return lines
