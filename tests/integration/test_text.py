@@ -105,7 +105,7 @@ IDENTITY = {
     "git_commit": {"type": ["string", "null"]},
     "step": {"type": "integer", "minimum": 1},
 }
-LOGGED = {**IDENTITY, "epoch": NUMBER, "loss": NUMBER, "learning_rate": NUMBER, "grad_norm": NUMBER}
+LOGGED = {**IDENTITY, "epoch": NUMBER, "loss": NUMBER, "lr": NUMBER, "grad_norm": NUMBER}
 EVALUATED = {**IDENTITY, "loss": NUMBER, "val_loss": NUMBER, "val_bits_per_byte": NUMBER, "sample": {"type": "string"}}
 
 

@@ -334,7 +334,7 @@ def test_runs_are_a_table_with_aligned_columns(results, capsys):
     assert main(["runs", str(results)]) == 0
 
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["ID", "STATUS", "EPOCHS", "GATE", "EDGE", "RULE", "LOSS", "AGE"]
+    assert lines[0].split() == ["ID", "STATUS", "EPOCHS", "GATE", "EDGE", "RULE", "LOSS", "BPB", "AGE"]
     rows = {line.split()[0]: line for line in lines[1:]}
     assert rows.keys() == {"good", "missed", "cut"}
     assert rows["good"].split()[1:7] == ["completed", "4", "passed", "0.988", "0.876", "4.322"]
