@@ -97,7 +97,7 @@ def download(
     for attempt in range(1, attempts + 1):
         try:
             # A server may be silent for the whole timeout.
-            abandonable(lambda: _attempt(url, path, state, size, timeout, should_stop, progress), should_stop)
+            abandonable(lambda gone: _attempt(url, path, state, size, timeout, gone, progress), should_stop)
             break
         except _Again as reason:
             if attempt == attempts:
@@ -133,7 +133,7 @@ def _attempt(
     state: _Progress,
     size: int | None,
     timeout: float,
-    should_stop: StopCheck,
+    is_abandoned: StopCheck,
     progress: Callable[[int, int | None], None],
 ) -> None:
     headers = {"User-Agent": "accel_train", "Accept-Encoding": "identity"}
@@ -141,7 +141,7 @@ def _attempt(
         headers |= {"Range": f"bytes={state.done}-", "If-Range": state.validator}
     try:
         with _opener().open(urllib.request.Request(url, headers=headers), timeout=timeout) as response:
-            _receive(url, response, path, state, size, should_stop, progress)
+            _receive(url, response, path, state, size, is_abandoned, progress)
     except urllib.error.HTTPError as error:
         error.close()
         reason = f"the server answers {error.code} {str(error.reason).splitlines()[0]}"
@@ -178,7 +178,7 @@ def _receive(
     path: Path,
     state: _Progress,
     size: int | None,
-    should_stop: StopCheck,
+    is_abandoned: StopCheck,
     progress: Callable[[int, int | None], None],
 ) -> None:
     resumed = response.status == 206 and _continues(response, state)
@@ -210,7 +210,7 @@ def _receive(
     try:
         # What has arrived, however little: a slow server shows progress too.
         while block := response.read1(_BLOCK_BYTES):
-            if should_stop():
+            if is_abandoned():
                 raise Interrupted
             if state.done + len(block) > most:
                 raise DownloadError(url, f"sends more than {most} bytes ({why}); check address and size")

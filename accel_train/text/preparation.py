@@ -149,9 +149,12 @@ class Preparation:
         def build(directory: Path) -> None:
             say("tokenizer", f"training {text.tokenizer} with a vocabulary of {text.vocab_size:,}")
             with Meter("tokenizer: text read", corpus.size, lambda line: say("tokenizer", line)) as meter:
-                texts = _counted(corpus, meter, should_stop)
+
+                def train(is_abandoned: StopCheck) -> TextTokenizer:
+                    return train_tokenizer(text.tokenizer, _counted(corpus, meter, is_abandoned), text.vocab_size)
+
                 # Reading can be interrupted, merging cannot: the library is in it for as long as it takes.
-                trained = abandonable(lambda: train_tokenizer(text.tokenizer, texts, text.vocab_size), should_stop)
+                trained = abandonable(train, should_stop)
             (directory / TOKENIZER_FILE).write_text(trained.content, encoding="utf-8")
 
         try:
