@@ -14,13 +14,10 @@ a missing package is an error for people.
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import importlib.util
 import json
-import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -29,43 +26,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from accel_train import pipeline_report
+from accel_train import pipeline_report, prerequisites
+from accel_train.pipeline_phases import (
+    EXIT_CORPUS,
+    EXIT_INTERRUPTED,
+    EXIT_PREREQUISITES,
+    EXIT_SUCCESS,
+    EXIT_TOKENIZER,
+    EXIT_TRAINING,
+    EXIT_VALIDATION,
+    PhaseFailed,
+    as_option,
+    print_line,
+    say,
+)
+from accel_train.prerequisites import OPTIONS_FILE, record_of, run_dir_of
 from accel_train.training.preemption import StopSignal, leaving_on_stop_signals, tied_to_this_process
 
 if TYPE_CHECKING:
-    from accel_train.config import ExperimentConfig, TextConfig
+    from accel_train.config import ExperimentConfig
     from accel_train.observer import Observer
     from accel_train.tasks.text import TextTask
 
-EXIT_SUCCESS, EXIT_PREREQUISITES, EXIT_CORPUS, EXIT_TOKENIZER, EXIT_TRAINING, EXIT_VALIDATION = range(6)
-EXIT_INTERRUPTED = 75
-
 PHASES = ("Prerequisites", "Corpus", "Tokenizer", "Training", "Validation")
-OPTIONS_FILE = "pipeline.json"
 METRICS_FILE = "training_metrics.json"
 REPORT_FILE = "validation_report.json"
 
-_OLDEST_PYTHON = (3, 11)
-_PACKAGES = (
-    "torch accelerate safetensors numpy scipy tqdm jsonargparse yaml tokenizers filelock matplotlib psutil".split()
-)
 _POLL_SECONDS = 0.05
-_HIGHEST_USUAL_RATE = 0.1
-_SPARE_BYTES = 50_000_000
 _NOT_KEPT = ("resume", "fresh", "output_dir", "skip_corpus", "skip_tokenizer")
-
-
-class PhaseFailed(Exception):
-    """A phase cannot be completed.
-
-    Args:
-        code: the exit code.
-        message: what went wrong and what to do.
-    """
-
-    def __init__(self, code: int, message: str) -> None:
-        self.code = code
-        super().__init__(message)
 
 
 def pipeline_main(argv: Sequence[str] | None = None, *, observer: Observer | None = None) -> int:
@@ -147,13 +135,13 @@ class _Pipeline:
     def run(self) -> int:
         """All phases; returns the exit code."""
         with self._phase(0):
-            self._check_python()
-            self._check_output()
-            self._recall()
-            self._check_options()
+            prerequisites.check_python()
+            prerequisites.check_output(self._options)
+            prerequisites.recall(self._options)
+            prerequisites.check_options(self._options)
             config = self._configuration()
             with self._failing(EXIT_PREREQUISITES):
-                self._check_space(config)
+                prerequisites.check_space(config, self._out)
             self._keep_options()
         # From here on everything is installed.
         interrupt = importlib.import_module("accel_train.interrupt")
@@ -170,67 +158,17 @@ class _Pipeline:
                 return self._validate(config, task)
         except (interrupt.Interrupted, KeyboardInterrupt):
             again = "with --resume instead of --fresh" if self._options.fresh else "again"
-            _print(f"interrupted: run the same command {again} to go on")
+            print_line(f"interrupted: run the same command {again} to go on")
             return EXIT_INTERRUPTED
 
     @contextmanager
     def _phase(self, number: int) -> Iterator[None]:
         name, began = PHASES[number], time.perf_counter()
-        _print(f"\n== {number + 1}/{len(PHASES)} {name} {'=' * (60 - len(name))}")
+        print_line(f"\n== {number + 1}/{len(PHASES)} {name} {'=' * (60 - len(name))}")
         yield
-        _print(f"{'done':<10} {name.lower()} in {time.perf_counter() - began:.1f} s")
+        print_line(f"{'done':<10} {name.lower()} in {time.perf_counter() - began:.1f} s")
 
-    # -- prerequisites ---------------------------------------------------------------------
-
-    def _check_python(self) -> None:
-        if sys.version_info < _OLDEST_PYTHON:
-            wanted, found = (".".join(map(str, v)) for v in (_OLDEST_PYTHON, sys.version_info[:3]))
-            raise PhaseFailed(EXIT_PREREQUISITES, f"Python {found} is too old; use {wanted} or newer")
-        missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-        if missing:
-            raise PhaseFailed(
-                EXIT_PREREQUISITES,
-                f"{sys.executable} has no package {', '.join(missing)}; run 'make setup', or pip install accel_train",
-            )
-        _say("python", f"{sys.version.split()[0]} with all packages")
-
-    def _check_output(self) -> None:
-        if not self._options.output_dir.strip():
-            raise PhaseFailed(EXIT_PREREQUISITES, "--output-dir: is empty; name a directory")
-        try:
-            self._out.mkdir(parents=True, exist_ok=True)
-            probe = self._out / f".writable-{os.getpid()}"
-            probe.write_bytes(b"x" * 4096)
-            probe.unlink()
-        except (OSError, ValueError) as error:
-            is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-            then = "free some space" if is_full else "choose another --output-dir"
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise PhaseFailed(EXIT_PREREQUISITES, f"{self._out} cannot be written: {reason}; {then}") from error
-
-    def _recall(self) -> None:
-        """Take over the options of the last call where ``--resume`` asks for it; those given now win."""
-        options, path = self._options, self._out / OPTIONS_FILE
-        for name in ("corpus_path", "config"):
-            if (value := getattr(options, name)) is None:
-                continue
-            if not value:
-                raise PhaseFailed(EXIT_PREREQUISITES, f"--{name.replace('_', '-')}: is empty; name a file")
-            setattr(options, name, str(Path(value).absolute()))
-        if not options.resume:
-            return
-        try:
-            earlier = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise PhaseFailed(
-                EXIT_PREREQUISITES,
-                f"there is nothing to resume in {self._out} ({path.name}: {error}); leave out --resume",
-            ) from error
-        if options.corpus_path is not None or options.corpus_url is not None:
-            earlier = {name: value for name, value in earlier.items() if not name.startswith("corpus_")}
-        for name, value in earlier.items():
-            if getattr(options, name, None) is None:
-                setattr(options, name, value)
+    # -- configuration ---------------------------------------------------------------------
 
     def _keep_options(self) -> None:
         """For the next ``--resume``; only options that make a configuration come so far."""
@@ -246,26 +184,6 @@ class _Pipeline:
         lock = importlib.import_module("filelock").FileLock(self._out / ".pipeline.lock")
         with lock:
             importlib.import_module("accel_train.durable").write_atomic(path, content)
-
-    def _check_options(self) -> None:
-        """What no configuration can tell: commands, addresses and options that do not go together."""
-        options = self._options
-        if options.launcher is not None:
-            try:
-                command = (shlex.split(options.launcher) or [""])[0]
-            except ValueError as error:
-                raise PhaseFailed(EXIT_PREREQUISITES, f"--launcher: {options.launcher!r}: {error}; check it") from error
-            if shutil.which(command) is None:
-                raise PhaseFailed(EXIT_PREREQUISITES, f"--launcher: there is no command {command!r}; check it and PATH")
-        download = importlib.import_module("accel_train.text.download")
-        if options.corpus_url is not None and not download.is_url(options.corpus_url):
-            rule = "must begin with http:// or https://; --corpus-path takes files of this machine"
-            raise PhaseFailed(EXIT_PREREQUISITES, f"--corpus-url: {options.corpus_url!r} {rule}")
-        if options.tokenizer == "char" and options.vocab_size is not None:
-            rule = "has no meaning for --tokenizer char, whose vocabulary is fixed; leave it out"
-            raise PhaseFailed(EXIT_PREREQUISITES, f"--vocab-size: {options.vocab_size} {rule}")
-        if options.learning_rate is not None and options.learning_rate > _HIGHEST_USUAL_RATE:
-            _say("warning", f"a learning rate of {options.learning_rate:g} is far above the usual 1e-4 to 1e-2")
 
     def _configuration(self) -> ExperimentConfig:
         """The example that fits, changed by the options."""
@@ -293,28 +211,9 @@ class _Pipeline:
                 raise PhaseFailed(EXIT_PREREQUISITES, f"--config: {file} {rule}")
             parsed: ExperimentConfig = cli.parse_config(["--config", str(file), *arguments])[0]
         except config.ConfigError as error:
-            raise PhaseFailed(EXIT_PREREQUISITES, f"{_as_option(error.field)}: {error.value!r} {error.rule}") from error
-        _say("settings", f"{file}{', with ' + ' '.join(arguments[1:-1]) if arguments[1:-1] else ''}")
+            raise PhaseFailed(EXIT_PREREQUISITES, f"{as_option(error.field)}: {error.value!r} {error.rule}") from error
+        say("settings", f"{file}{', with ' + ' '.join(arguments[1:-1]) if arguments[1:-1] else ''}")
         return parsed
-
-    def _check_space(self, config: ExperimentConfig) -> None:
-        memory = importlib.import_module("accel_train.model.memory")
-        vocabulary = config.text.vocab_size
-        parameters = memory.parameters(config.model, vocabulary)
-        text = _size_of(config.text)
-        # Weights and two moments in each checkpoint; the kept ones, the best, and one being written.
-        needed = 12 * parameters * (config.checkpoint.keep_last + 2) + 2 * text + _SPARE_BYTES
-        free = shutil.disk_usage(self._out).free
-        told = f"{self._out} has {free / 1e6:,.0f} MB free, about {needed / 1e6:,.0f} MB are needed from the start"
-        if free >= needed:
-            _say("disk", told)
-        elif _record_of(_run_dir(config)):
-            # Much of it is there by now; whoever goes on must not be sent elsewhere.
-            _say("warning", f"{told}; going on with what is there")
-        else:
-            raise PhaseFailed(EXIT_PREREQUISITES, f"{told}; free some, or choose another --output-dir")
-        for warning in memory.warnings(config, vocabulary):
-            _say("warning", warning)
 
     # -- corpus and tokenizer --------------------------------------------------------------
 
@@ -326,22 +225,22 @@ class _Pipeline:
         with self._phase(1), self._failing(EXIT_CORPUS):
             if self._options.skip_corpus:
                 _require(task.preparation.missing_corpus(shared), EXIT_CORPUS, "corpus", "--skip-corpus")
-            task.check(_say, should_stop)
-            corpus = task.preparation.build_corpus(shared, _say, should_stop)
+            task.check(say, should_stop)
+            corpus = task.preparation.build_corpus(shared, say, should_stop)
             self._tell_skipped(task, "corpus")
         with self._phase(2), self._failing(EXIT_TOKENIZER):
             if self._options.skip_tokenizer:
                 missing = task.preparation.missing_tokenizer(corpus, shared)
                 _require(missing, EXIT_TOKENIZER, "tokenizer", "--skip-tokenizer")
-            tokenizer = task.preparation.build_tokenizer(corpus, shared, _say, should_stop)
-            task.open(str(task.preparation.build_tokens(corpus, tokenizer, shared, _say, should_stop)))
+            tokenizer = task.preparation.build_tokenizer(corpus, shared, say, should_stop)
+            task.open(str(task.preparation.build_tokens(corpus, tokenizer, shared, say, should_stop)))
             self._tell_skipped(task, "tokenizer", "tokens")
         return task
 
     @staticmethod
     def _tell_skipped(task: TextTask, *names: str) -> None:
         if not any(name in task.preparation.built for name in names):
-            _say("skipped", "nothing to do: what is there was verified")
+            say("skipped", "nothing to do: what is there was verified")
 
     @contextmanager
     def _failing(self, code: int) -> Iterator[None]:
@@ -351,7 +250,7 @@ class _Pipeline:
         except config.ConfigError as error:
             # What is there but is no text cannot be tokenized, whenever that was noticed.
             chosen = EXIT_TOKENIZER if getattr(error.__cause__, "is_content", False) else code
-            raise PhaseFailed(chosen, f"{_as_option(error.field)}: {error.value} {error.rule}") from error
+            raise PhaseFailed(chosen, f"{as_option(error.field)}: {error.value} {error.rule}") from error
         except PhaseFailed:
             raise
         except Exception as error:
@@ -362,11 +261,11 @@ class _Pipeline:
     # -- training and validation -----------------------------------------------------------
 
     def _train(self, config: ExperimentConfig, task: TextTask) -> None:
-        run_dir = _run_dir(config)
+        run_dir = run_dir_of(config)
         with self._phase(3), self._failing(EXIT_TRAINING):
-            if _record_of(run_dir).get("status") == "completed" and not self._options.fresh:
+            if record_of(run_dir).get("status") == "completed" and not self._options.fresh:
                 self._require_same_data(run_dir, task)
-                _say("skipped", f"{run_dir} is trained")
+                say("skipped", f"{run_dir} is trained")
             code = self._train_here(config) if self._options.launcher is None else self._launch(config, run_dir)
             if code == EXIT_INTERRUPTED:
                 raise importlib.import_module("accel_train.interrupt").Interrupted
@@ -400,8 +299,8 @@ class _Pipeline:
         self._publish(path, rundir.dump_config(config).encode())
         line = [*shlex.split(self._options.launcher), "-m", "accel_train.cli", "train", "--config", str(path)]
         line += ["--fresh"] if self._options.fresh else []
-        _say("launch", shlex.join(line))
-        before = _launch_of(_record_of(run_dir))
+        say("launch", shlex.join(line))
+        before = _launch_of(record_of(run_dir))
         stop, told = StopSignal(), False
         with stop.installed():
             process = subprocess.Popen(tied_to_this_process(line))
@@ -410,7 +309,7 @@ class _Pipeline:
                     process.terminate()
                     told = True
                 time.sleep(_POLL_SECONDS)
-        after = _record_of(run_dir)
+        after = record_of(run_dir)
         # What a launch before this one has left says nothing about this one.
         is_new = _launch_of(after) != before
         if after.get("status") == "completed" and (is_new or process.returncode == 0):
@@ -423,13 +322,13 @@ class _Pipeline:
         return EXIT_TRAINING
 
     def _validate(self, config: ExperimentConfig, task: TextTask) -> int:
-        run_dir = _run_dir(config)
+        run_dir = run_dir_of(config)
         with self._phase(4), self._failing(EXIT_VALIDATION):
-            record = _record_of(run_dir)
+            record = record_of(run_dir)
             checkpoint = self._final_checkpoint(run_dir, record)
             gate = record["gate"]
             if gate["evidence"].get("weights_sha256") == checkpoint["weights_sha256"]:
-                _say("verified", f"{checkpoint['path']}: these weights were judged")
+                say("verified", f"{checkpoint['path']}: these weights were judged")
             else:
                 inference = importlib.import_module("accel_train.inference")
                 gate = inference.evaluate(run_dir)
@@ -441,14 +340,14 @@ class _Pipeline:
                 self._write(directory / METRICS_FILE, metrics)
                 self._write(directory / REPORT_FILE, report)
             for line in pipeline_report.verdict_lines(gate, scalars):
-                _say(*line)
+                say(*line)
         self._summarise(run_dir, checkpoint["path"])
         if not gate["passed"]:
             raise PhaseFailed(
                 EXIT_VALIDATION,
                 f"the model does not pass: {gate['failure_reason']}; {pipeline_report.advice(gate)}",
             )
-        _print(f"\nsuccess in {time.perf_counter() - self._began:.1f} s")
+        print_line(f"\nsuccess in {time.perf_counter() - self._began:.1f} s")
         return EXIT_SUCCESS
 
     @staticmethod
@@ -473,7 +372,7 @@ class _Pipeline:
         self._publish(path, text.encode() + b"\n")
 
     def _summarise(self, run_dir: Path, checkpoint: str) -> None:
-        _print("\nartifacts")
+        print_line("\nartifacts")
         paths = [
             Path(checkpoint) / "model.safetensors",
             Path(checkpoint) / "tokenizer.json",
@@ -487,18 +386,8 @@ class _Pipeline:
             if path.exists():
                 files = path.rglob("*") if path.is_dir() else [path]
                 size = sum(each.stat().st_size for each in files if each.is_file())
-                _print(f"  {size / 1e3:>10,.1f} kB  {path}")
-        _print(f'\ntry it: accel-train generate {run_dir} --prompt "The"')
-
-
-def _size_of(text: TextConfig) -> int:
-    """About the bytes of the corpus, as far as they can be known before it is fetched."""
-    corpus = Path(text.corpus)
-    try:
-        files = [*corpus.glob("*.txt")] if corpus.is_dir() else [corpus]
-        return sum(file.stat().st_size for file in files)
-    except OSError:
-        return text.corpus_bytes or text.builtin_bytes
+                print_line(f"  {size / 1e3:>10,.1f} kB  {path}")
+        print_line(f'\ntry it: accel-train generate {run_dir} --prompt "The"')
 
 
 def _require(missing: str | None, code: int, what: str, option: str) -> None:
@@ -509,16 +398,6 @@ def _require(missing: str | None, code: int, what: str, option: str) -> None:
 def _example(name: str) -> Path:
     """An example that comes with the package."""
     return Path(__file__).parent / "examples" / name
-
-
-def _run_dir(config: ExperimentConfig) -> Path:
-    """Where the run lives; the weights that it starts from are part of its name."""
-    settings = importlib.import_module("accel_train.config")
-    digest = None
-    if config.training.init_from is not None:
-        _, digest = importlib.import_module("accel_train.weights").resolve_init(config)
-    path: Path = settings.run_directory(config, digest)
-    return path
 
 
 def _errors_of_runs() -> tuple[type[Exception], ...]:
@@ -534,7 +413,7 @@ def _errors_of_runs() -> tuple[type[Exception], ...]:
 def _why_training_failed(run_dir: Path) -> str:
     """What the record of a run says, and what to do; what would only happen again is not advised."""
     manifest = importlib.import_module("accel_train.training.manifest")
-    reason = str(_record_of(run_dir).get("reason") or "see above")
+    reason = str(record_of(run_dir).get("reason") or "see above")
     found = manifest.list_checkpoints(run_dir / "checkpoints")
     if "not finite" in reason:
         then = "the same command would come to the same: lower the --learning-rate"
@@ -552,46 +431,6 @@ def _why_training_failed(run_dir: Path) -> str:
 def _launch_of(record: Mapping[str, Any]) -> tuple[Any, Any]:
     """Which run, and which of its launches, a record tells of."""
     return record.get("run_id"), record.get("provenance", {}).get("launches")
-
-
-def _record_of(run_dir: Path) -> dict[str, Any]:
-    record = importlib.import_module("accel_train.record")
-    try:
-        found: dict[str, Any] = record.read_record(run_dir)
-    except record.RecordError:
-        return {}
-    return found
-
-
-_OPTION_OF = {
-    "text.corpus": "--corpus-path/--corpus-url",
-    "text.corpus_sha256": "--corpus-sha256",
-    "text.tokenizer": "--tokenizer",
-    "text.vocab_size": "--vocab-size",
-    "training.max_epochs": "--epochs",
-    "training.batch_size": "--batch-size",
-    "training.learning_rate": "--learning-rate",
-    "model.max_seq_len": "--max-seq-length",
-    "seed": "--seed",
-    "output_dir": "--output-dir",
-}
-
-
-def _as_option(field: str) -> str:
-    """The option that sets ``field``, for people who never saw the configuration."""
-    return _OPTION_OF.get(field, field)
-
-
-def _say(phase: str, what: str) -> None:
-    _print(f"{phase:<10} {what}")
-
-
-def _print(line: str) -> None:
-    try:
-        print(line, flush=True)
-    except OSError:
-        # The reader is gone (`| head`): that is no reason to stop.
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
 
 
 if __name__ == "__main__":

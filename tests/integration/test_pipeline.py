@@ -24,6 +24,7 @@ from harness import ROOT, Shown, checkpoints, environment, in_terminal, metrics,
 from texts import PIPELINE, pipeline, tiny_text
 from web import Web, fails, gives, redirects, stalls, truncates
 
+from accel_train import prerequisites
 from accel_train.durable import sha256_file
 from accel_train.pipeline import _parser, _Pipeline, pipeline_main
 from accel_train.pipeline_report import load_metrics_schema
@@ -381,7 +382,24 @@ def test_a_disk_without_room(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     with small_disk(tmp_path, "size=1M") as disk:
         shown = here_pipeline(capsys, "--output-dir", disk / "out")
     assert shown.code == 1
-    assert "has 1 MB free, about " in complaint(shown)
+    assert "1 MB free in " in complaint(shown)
+    assert "free some, or choose another --output-dir" in complaint(shown)
+
+
+def test_what_an_interrupted_pipeline_has_written_counts_as_room(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def usage(_: object) -> object:
+        return shutil._ntuple_diskusage(10**9, 10**9, 10**6)
+
+    monkeypatch.setattr(prerequisites.shutil, "disk_usage", usage)
+    (tmp_path / "empty.txt").write_bytes(b"")
+    options = ["--output-dir", tmp_path / "out", "--corpus-path", tmp_path / "empty.txt"]
+    assert here_pipeline(capsys, *options).code == 1
+    (tmp_path / "out" / "corpora").mkdir()
+    with (tmp_path / "out" / "corpora" / "tokens").open("wb") as file:
+        file.truncate(10**9)  # takes no room
+    assert here_pipeline(capsys, *options).code == 3, "and gets as far as the corpus, which is empty"
 
 
 def test_a_disk_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -391,14 +409,12 @@ def test_a_disk_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
     assert "cannot be written: Read-only file system; choose another --output-dir" in complaint(shown)
 
 
-def test_a_run_that_has_begun_may_go_on_where_its_own_files_take_the_room(
-    finished: tuple[Path, Path, Shown], tmp_path: Path
-) -> None:
+def test_a_finished_run_needs_no_room(finished: tuple[Path, Path, Shown], tmp_path: Path) -> None:
     with small_disk(tmp_path, "size=20M") as disk:
         config, out = copied(finished, disk)
         shown = pipeline("--config", config, "--output-dir", out)
     assert shown.code == 0, shown.out + shown.err
-    assert "are needed from the start; going on with what is there" in shown.out
+    assert " MB free in " in shown.out
 
 
 def test_pipelines_may_share_an_output_directory(tmp_path: Path) -> None:
