@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_model
 
-from accel_train.config import ExperimentConfig, ModelConfig, TextConfig, TrainingConfig
+from accel_train.cli import parse_config
 from accel_train.model.transformer import TransformerLM
 from accel_train.rundir import CONFIG_FILE, dump_config
 from accel_train.tasks.deployment import measure_apart, peak_rss_bytes
@@ -27,8 +27,9 @@ from accel_train.training.losses import fused_cross_entropy, next_token_cross_en
 from accel_train.training.optimizer import build_optimizer
 from accel_train.weights import WEIGHTS
 
-VOCAB, CONTEXT, BATCH = 8000, 128, 32
-MODEL = ModelConfig(d_model=128, n_layers=2, n_heads=4, d_ff=256, max_seq_len=CONTEXT, tie_embeddings=True)
+EXAMPLE = parse_config(["--config", str(Path(__file__).parents[1] / "examples" / "text_default.yaml")])[0]
+MODEL, VOCAB = EXAMPLE.model, EXAMPLE.text.vocab_size
+CONTEXT, BATCH = MODEL.max_seq_len, EXAMPLE.training.batch_size
 ORIGINAL_TOKENS_PER_SECOND = 5200
 """Of the trainer that this one replaces, measured on the same kind of machine."""
 CORPUS_BYTES, SAMPLE_BYTES = 200_000_000, 40_000_000
@@ -48,7 +49,7 @@ def _steps(rounds: int = 5, steps: int = 6) -> dict[str, Any]:
     def stepper(loss_fn: Callable[[Any, Any], torch.Tensor]) -> Callable[[], None]:
         torch.manual_seed(0)
         model = TransformerLM(MODEL, VOCAB)
-        optimizer = build_optimizer(model, TrainingConfig(learning_rate=2e-3), torch.device("cpu"))
+        optimizer = build_optimizer(model, EXAMPLE.training, torch.device("cpu"))
         batch = torch.randint(VOCAB, (BATCH, CONTEXT)), torch.randint(VOCAB, (BATCH, CONTEXT))
 
         def run() -> None:
@@ -80,14 +81,13 @@ def _steps(rounds: int = 5, steps: int = 6) -> dict[str, Any]:
 
 def _use(rounds: int = 3) -> dict[str, Any]:
     """What a process costs that only loads the default model and generates; weights cost the same trained or not."""
-    text = TextConfig(vocab_size=VOCAB)
     tokenizer = train_tokenizer("bpe", builtin_text(3_000_000, 0), VOCAB)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = Path(directory)
         save_model(TransformerLM(MODEL, VOCAB), str(checkpoint / WEIGHTS))
         (checkpoint / TOKENIZER_FILE).write_text(tokenizer.content, encoding="utf-8")
-        (checkpoint / CONFIG_FILE).write_text(dump_config(ExperimentConfig(task="text", text=text, model=MODEL)))
+        (checkpoint / CONFIG_FILE).write_text(dump_config(EXAMPLE))
         found = [measure_apart(checkpoint, lambda: False) for _ in range(rounds)]
     return {
         "latency_p50_ms": statistics.median(each.latency_p50_ms for each in found),

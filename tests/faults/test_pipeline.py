@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import texts
 import warm
 from faults import Mount, fault, filled, slow
-from harness import checkpoints, environment, record, wait_for
-from texts import tiny_text
+from harness import ROOT, checkpoints, environment, record, wait_for
+from texts import signalled_in_training, tiny_text
 from web import Web, gives, stalls
 
 from accel_train import observer
@@ -177,3 +179,26 @@ def test_another_corpus_than_that_of_the_checkpoint_is_refused(tmp_path: Path) -
     pipeline(tmp_path, *options, expect=None)
     found = record(out)
     assert (found["status"], len(found["provenance"]["resumes"])) == ("completed", 1)
+
+
+@slow
+def test_ctrl_c_in_training_and_the_same_command_goes_on(tmp_path: Path, undisturbed: dict[str, object]) -> None:
+    """The terminal sends it to every process of the pipeline."""
+    out = tmp_path / "out"
+    signalled_in_training(out, signal.SIGINT, "--config", tiny_text(tmp_path), "--output-dir", out)
+    assert record(out)["status"] == "preempted"
+    pipeline(tmp_path)
+    assert bits(out) == undisturbed
+
+
+@slow
+def test_training_on_two_processes_is_preempted_and_goes_on(tmp_path: Path) -> None:
+    config, out = tiny_text(tmp_path), tmp_path / "out"
+    # Found beside the interpreter: no environment needs to be activated.
+    launcher = f"accelerate launch --config_file {ROOT / 'accelerate_config.yaml'} --multi_gpu --num_processes 2"
+    options = ["--config", config, "--output-dir", out, "--launcher", f"{launcher} --main_process_port 0"]
+    output = signalled_in_training(out, signal.SIGTERM, *options)
+    assert record(out)["status"] == "preempted", output
+    again = texts.pipeline(*options, fresh=True)
+    assert again.code == 0, again.out + again.err
+    assert record(out)["provenance"]["world_sizes"] == [2, 2]

@@ -20,8 +20,8 @@ from typing import Any
 
 import jsonschema
 import pytest
-from harness import ROOT, Shown, checkpoints, environment, in_terminal, metrics, record, run_dir, wait_for
-from texts import PIPELINE, pipeline, tiny_text
+from harness import ROOT, Shown, checkpoints, environment, in_terminal, metrics, record, run_dir
+from texts import PIPELINE, pipeline, signalled_in_training, tiny_text
 from web import Web, fails, gives, redirects, stalls, truncates
 
 from accel_train import prerequisites
@@ -49,7 +49,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Show
     """The configuration, output directory and output of a pipeline that succeeded."""
     directory = tmp_path_factory.mktemp("finished")
     config, out = tiny_text(directory), directory / "out"
-    shown = pipeline("--config", config, "--output-dir", out)
+    shown = pipeline("--config", config, "--output-dir", out, fresh=True)
     assert shown.code == 0, shown.out + shown.err
     return config, out, shown
 
@@ -305,7 +305,7 @@ def test_it_works_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_help_names_every_option_and_code() -> None:
-    shown = pipeline("--help")
+    shown = pipeline("--help", fresh=True)
     assert shown.code == 0
     for option in (
         "corpus-path", "corpus-url", "vocab-size", "epochs", "batch-size", "learning-rate", "max-seq-length",
@@ -630,48 +630,16 @@ def test_training_without_enough_memory(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def signalled_in_training(out: Path, number: int, *options: object) -> str:
-    """Send ``number`` to the pipeline and all its processes once there is a checkpoint; returns the output."""
-    process = subprocess.Popen(
-        [str(PIPELINE), *map(str, options)],
-        env=environment(PYTHON=sys.executable),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    wait_for(lambda: list(out.glob("*/checkpoints/step_*")), "the first checkpoint")
-    os.killpg(process.pid, number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, output
-    return output
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_in_training_and_the_same_command_goes_on(
-    finished: tuple[Path, Path, Shown], tmp_path: Path, number: int
-) -> None:
+def test_a_signal_in_training_and_the_same_command_goes_on(finished: tuple[Path, Path, Shown], tmp_path: Path) -> None:
     config, reference, _ = finished
     out = tmp_path / "out"
-    output = signalled_in_training(out, number, "--config", config, "--output-dir", out)
+    output = signalled_in_training(out, signal.SIGTERM, "--config", config, "--output-dir", out)
     assert record(out)["status"] == "preempted", output
     again = pipeline("--config", config, "--output-dir", out)
     assert again.code == 0, again.out + again.err
     final = checkpoints(out)[-1] / "model.safetensors"
     assert final.read_bytes() == (checkpoints(reference)[-1] / "model.safetensors").read_bytes()
     assert record(out)["curves"] == record(reference)["curves"]
-
-
-def test_training_on_two_processes_is_preempted_and_goes_on(tmp_path: Path) -> None:
-    config, out = tiny_text(tmp_path), tmp_path / "out"
-    # Found beside the interpreter: no environment needs to be activated.
-    launcher = f"accelerate launch --config_file {ROOT / 'accelerate_config.yaml'} --multi_gpu --num_processes 2"
-    options = ["--config", config, "--output-dir", out, "--launcher", f"{launcher} --main_process_port 0"]
-    output = signalled_in_training(out, signal.SIGTERM, *options)
-    assert record(out)["status"] == "preempted", output
-    again = pipeline(*options)
-    assert again.code == 0, again.out + again.err
-    assert record(out)["provenance"]["world_sizes"] == [2, 2]
 
 
 def test_a_launcher_that_starts_nothing(finished: tuple[Path, Path, Shown], tmp_path: Path) -> None:

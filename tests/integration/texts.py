@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, Shown, environment, write_config
+import warm
+from harness import ROOT, Shown, environment, wait_for, write_config
 
 PIPELINE = ROOT / "scripts" / "train_pipeline.sh"
+FORKED = ROOT / "tests" / "faults" / "faulty_pipeline.py"
+"""Without a fault in its environment, the pipeline."""
 
 TINY_TEXT: dict[str, Any] = {
     "task": "text",
@@ -27,8 +32,19 @@ def tiny_text(directory: Path, *layers: dict[str, Any]) -> Path:
     return write_config(directory / "tiny_text.yaml", TINY_TEXT, *layers)
 
 
-def pipeline(*arguments: object, timeout: float = 200, **env: str | None) -> Shown:
-    """Run ``scripts/train_pipeline.sh`` to its end."""
+def pipeline(*arguments: object, fresh: bool = False, timeout: float = 200, **env: str | None) -> Shown:
+    """Run the pipeline to its end, without the seconds of importing torch.
+
+    ``fresh``, or with environment variables: as users launch it, by ``scripts/train_pipeline.sh``. Otherwise stdout
+    and stderr come as one.
+    """
+    if not fresh and not env:
+        with tempfile.NamedTemporaryFile("r") as output:
+            code = warm.run_ranks(
+                [str(FORKED), *map(str, arguments)], [environment()], Path(output.name), timeout=timeout
+            )
+            printed = output.read()
+        return Shown(code, printed, printed)
     done = subprocess.run(
         [str(PIPELINE), *map(str, arguments)],
         env=environment(**{"PYTHON": sys.executable, **env}),
@@ -39,3 +55,20 @@ def pipeline(*arguments: object, timeout: float = 200, **env: str | None) -> Sho
         check=False,
     )
     return Shown(done.returncode, done.stdout, done.stderr)
+
+
+def signalled_in_training(out: Path, number: int, *options: object) -> str:
+    """Send ``number`` to the pipeline and all its processes once there is a checkpoint; returns the output."""
+    process = subprocess.Popen(
+        [str(PIPELINE), *map(str, options)],
+        env=environment(PYTHON=sys.executable),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(lambda: list(out.glob("*/checkpoints/step_*")), "the first checkpoint")
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    return output
