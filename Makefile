@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 KILLS ?= 200
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test faults faults-net faults-slurm storm lint clean
+.PHONY: help setup train test slow faults faults-net faults-slurm storm lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ train: setup ## train the quick walk run to a passed gate, on whatever device th
 
 test: setup ## run every test but the slow lanes
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not gpu"
+
+slow: setup ## run what takes too long for every change, faults aside (two minutes)
+	$(BIN)/pytest tests/integration -n 2 --dist worksteal -m "slow and not gpu"
 
 FAULTS_ELSEWHERE := test_net test_slurm test_storm
 

@@ -56,7 +56,7 @@ def lines(output: str, phase: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith(f"{phase} ")]
 
 
-@pytest.mark.parametrize("world", [pytest.param(1), pytest.param(2, marks=slow)])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=slow), pytest.param(2, marks=slow)])
 def test_of_two_launches_at_once_one_trains_and_the_other_waits_and_finds_the_result(
     tmp_path: Path, world: int
 ) -> None:

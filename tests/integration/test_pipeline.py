@@ -230,6 +230,7 @@ def test_a_finished_run_is_judged_again_with_the_same_figures(finished: tuple[Pa
     assert again["metrics"]["repetition"] == pytest.approx(scalars["repetition"])
 
 
+@pytest.mark.slow
 def test_a_corpus_that_was_changed_since_is_not_taken_for_the_one_that_was_learned(tmp_path: Path) -> None:
     corpus, out = tmp_path / "mine.txt", tmp_path / "out"
     corpus.write_bytes(SPANISH)
@@ -292,6 +293,7 @@ def test_options_that_cannot_be_read_are_nothing_to_resume(
     assert "there is nothing to resume in " in complaint(shown)
 
 
+@pytest.mark.slow
 def test_it_works_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without an installed package: the model is used by another process, which has to find it too."""
     monkeypatch.chdir(tmp_path)

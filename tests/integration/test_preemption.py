@@ -65,7 +65,7 @@ def untouched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return outcome(directory / "results")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_one_process_saves_and_leaves_with_75_and_ends_with_the_same_bits(
     tmp_path: Path, number: int, untouched: dict[str, Any]
 ) -> None:
@@ -84,7 +84,7 @@ def test_one_process_saves_and_leaves_with_75_and_ends_with_the_same_bits(
     assert outcome(results) == untouched
 
 
-@pytest.mark.parametrize("target", ["launcher", "one worker"])
+@pytest.mark.parametrize("target", ["launcher", pytest.param("one worker", marks=pytest.mark.slow)])
 def test_two_processes_agree_to_stop_and_the_rerun_goes_on(tmp_path: Path, target: str) -> None:
     results = tmp_path / "results"
     config = write_config(tmp_path / "c.yaml", TINY, LONG, {"output_dir": str(results)})

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
 from harness import TINY, Shown, command, in_terminal, launch, record, run, write_config
 
 SHORT: dict[str, Any] = {"training": {"max_epochs": 2}, "checkpoint": {"every_steps": None}}
@@ -56,6 +57,7 @@ def test_a_terminal_shows_one_bar_per_epoch_with_loss_and_learning_rate(tmp_path
     assert len(plain.lines("training")) == 1, "no log lines beside the bar"
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_plain_lines_one_per_log_interval(tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.yaml", TINY, SHORT, {"output_dir": str(tmp_path / "results")})
     shown = Shown(0, run(config, 2))
