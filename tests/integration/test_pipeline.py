@@ -646,12 +646,14 @@ def test_a_signal_in_training_and_the_same_command_goes_on(finished: tuple[Path,
 
 def test_a_launcher_that_starts_nothing(finished: tuple[Path, Path, Shown], tmp_path: Path) -> None:
     """What the record says of an earlier launch is not its fault."""
-    config, reference, _ = finished
-    out = tmp_path / "out"
-    shutil.copytree(reference / "corpora", out / "corpora")
+    config, out = copied(finished, tmp_path)
+    path = run_dir(out) / "result.json"
+    earlier = json.loads(path.read_text()) | {"status": "preempted", "reason": "stopped after step 40 (SIGTERM)"}
+    path.write_text(json.dumps(earlier))
     shown = pipeline("--config", config, "--output-dir", out, "--launcher", "false")
     assert shown.code == 4
     assert "--launcher: false ended with code 1 before training began" in complaint(shown)
+    assert "SIGTERM" not in complaint(shown)
 
 
 # -- 5: validation -------------------------------------------------------------------------
