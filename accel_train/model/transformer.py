@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from accel_train.config import ModelConfig
 from accel_train.model.cross_entropy import linear_cross_entropy
+from accel_train.model.dropout import Dropout
 from accel_train.model.extraction import Extraction, ExtractionMode
 
 INIT_STD = 0.02
@@ -150,7 +151,7 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.feed_forward_norm = nn.LayerNorm(config.d_model)
         self.feed_forward = FeedForward(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,
@@ -183,7 +184,7 @@ class TransformerLM(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, config.d_model)
         learned = config.positions == "learned"
         self.position_embedding = nn.Embedding(config.max_seq_len, config.d_model) if learned else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = nn.LayerNorm(config.d_model)
         # Tied weights are one parameter under one name: nothing downstream has to know about sharing.
