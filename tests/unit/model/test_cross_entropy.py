@@ -36,6 +36,18 @@ def test_loss_and_gradients_are_those_of_the_plain_one(monkeypatch, rows, rows_a
         torch.testing.assert_close(ours, theirs)
 
 
+def test_a_target_of_no_probability_has_its_exact_loss():
+    """Its probability is 0 in float32, or so small that it has lost its digits."""
+    x = torch.tensor([[200.0], [95.0], [80.0], [1.0]], requires_grad=True)
+    weight = torch.tensor([[0.0], [1.0], [0.5]], requires_grad=True)
+    targets = torch.tensor([0, 0, 0, 2])
+    fused, plain = linear_cross_entropy(x, weight, targets), functional.cross_entropy(x @ weight.t(), targets)
+    torch.testing.assert_close(fused, plain, rtol=1e-6, atol=0)
+    found, expected = (torch.autograd.grad(each, [x, weight]) for each in (fused, plain))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_without_any_counted_target_it_is_nan_as_the_plain_one():
     x, weight, targets = inputs(3, ignored=3)
     assert functional.cross_entropy(x @ weight.t(), targets).isnan()
