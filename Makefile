@@ -55,6 +55,7 @@ $(STAMP): requirements.lock pyproject.toml
 		exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.lock
+	@echo "compiling what was installed (a minute)"
 	@# On all cores instead of pip's one. Without it, where PYTHONDONTWRITEBYTECODE is set, every start would compile
 	@# torch again, 3 s each. Packages hold a few files for newer Pythons, which fail.
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true

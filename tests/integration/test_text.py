@@ -44,6 +44,9 @@ def test_weights_learned_with_another_tokenizer_are_refused(tmp_path: Path, here
     assert here("train", "--config", tiny_text(tmp_path, *layers), "--output_dir", tmp_path / "first").code == 0
     source = run_dir(tmp_path / "first")
     start = ["--training.init_from", source]
+    again = here("train", "--config", tiny_text(tmp_path, *layers), "--output_dir", tmp_path / "second", *start)
+    assert again.code == 0, again.err
+
     config = tiny_text(tmp_path, *layers, {"text": {"builtin_bytes": 61_000}})
     shown = here("train", "--config", config, "--output_dir", tmp_path / "third", *start)
     assert shown.code == 2
