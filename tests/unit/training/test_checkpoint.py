@@ -236,14 +236,21 @@ def test_a_save_waits_for_the_one_before(train, directory):
 
 def test_a_commit_that_fails_ends_the_run_at_the_next_step_boundary(train, directory, monkeypatch):
     """Not at the next save, which may be hours away."""
-    failed = threading.Event()
+    held, failed = threading.Event(), threading.Event()
 
     def full(path, header):
+        held.wait(30)
         failed.set()
         raise OSError(28, "No space left on device")
 
+    def act(step):
+        if step == 21:  # Not before: a fast disk could fail within step 20 itself.
+            held.set()
+            assert failed.wait(30)
+        time.sleep(0.01)
+
     monkeypatch.setattr(module, "write_manifest", full)
-    noted = Noted(directory, lambda step: failed.wait(30) if step == 21 else time.sleep(0.01))
+    noted = Noted(directory, act)
     forty_steps = TrainingConfig(max_epochs=1, batch_size=1)
     with pytest.raises(CheckpointError, match="step 20 could not be written"):
         train(forty_steps, checkpoint=CheckpointConfig(every_steps=20), callbacks=[noted])
