@@ -25,7 +25,7 @@ slow: setup ## run what takes too long for every change, faults aside (75 s on t
 
 FAULTS_ELSEWHERE := test_net test_slurm test_storm
 
-faults: setup ## inject every fault into real processes (15 to 20 minutes on two cores)
+faults: setup ## inject every fault into real processes (20 to 25 minutes on two cores)
 	$(BIN)/pytest tests/faults -n 3 --dist worksteal --durations 15 $(FAULTS_ELSEWHERE:%=--ignore tests/faults/%.py)
 
 faults-net: setup ## cut the link between two machines (Linux, root; one to three minutes)
