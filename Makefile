@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 KILLS ?= 200
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test slow faults faults-net faults-slurm storm lint clean
+.PHONY: help setup train test slow faults faults-net faults-slurm storm bench bench-setup lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,12 @@ faults-slurm: setup ## preempt and requeue a job on a SLURM cluster of two nodes
 
 storm: setup ## kill runs KILLS times (200) at random moments; their bits must not change
 	$(BIN)/python tests/faults/storm.py --kills $(KILLS)
+
+bench-setup: setup ## install the trainers that `make bench` compares with
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.lock
+
+bench: bench-setup ## measure everything against its target, into docs/benchmarks.md (about ten minutes, nothing beside it)
+	$(BIN)/python scripts/bench_report.py
 
 lint: setup ## check style and types
 	$(BIN)/ruff check .

@@ -234,6 +234,7 @@ class RecordKeeper(Callback):
             "gate_passed": bool(verdict.get("passed")),
             "epochs_trained": state.step / trainer.plan.steps_per_epoch,
             "steps_trained": state.step,
+            "skipped_steps": state.skipped_steps,
             "tokens_seen": state.tokens_seen,
             "parameters": sum(p.numel() for p in trainer.unwrapped_model.parameters()),
         }

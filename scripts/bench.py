@@ -27,6 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_growth import bench_growth
+from bench_loops import bench_memory, bench_overhead, bench_peers, bench_scaling
 from bench_text import bench_text
 
 from accel_train.config import CheckpointConfig, GraphConfig, ModelConfig, RulesConfig, TrainingConfig
@@ -345,7 +347,12 @@ BENCHMARKS: dict[str, Callable[[], Figures]] = {
     "checkpoint": bench_checkpoint,
     "corpus": bench_corpus,
     "generate": bench_generate,
+    "growth": bench_growth,
+    "memory": bench_memory,
+    "overhead": bench_overhead,
+    "peers": bench_peers,
     "resume": bench_resume,
+    "scaling": bench_scaling,
     "startup": bench_startup,
     "text": bench_text,
     "train": bench_train,

@@ -22,6 +22,8 @@ class LoopState:
     """Steps done."""
     epoch: int = 0
     """Epochs completed before the one in progress."""
+    skipped_steps: int = 0
+    """Those among them that loss scaling left out because a gradient overflowed (fp16 only)."""
     total_steps: int = 0
     """Steps of the whole run."""
     steps_per_epoch: int = 0
@@ -36,7 +38,7 @@ class LoopState:
     @property
     def lr(self) -> float:
         """Learning rate of the last step; before the first one, that of the first."""
-        return self.schedule(max(self.step - 1, 0))
+        return self.schedule(max(self.step - self.skipped_steps - 1, 0))
 
     @property
     def loss(self) -> float:

@@ -37,13 +37,16 @@ class Ledger:
         self._accumulation, self._world_size, self._gather = accumulation, world_size, gather
         self._losses = torch.zeros(capacity, dtype=torch.float32, device=device)
         self._recorded = 0
-        self._fingerprint = 0
+        self._consumed: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
 
     def enter(self, loss: torch.Tensor, positions: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> None:
-        """Record one micro-step of this rank: its mean loss, and which samples stood at which positions."""
+        """Record one micro-step of this rank: its mean loss, and which samples stood at which positions.
+
+        The arrays are kept until the settlement, where one call hashes them all.
+        """
         self._losses[self._recorded] = loss
         self._recorded += 1
-        self._fingerprint += fingerprint_terms(positions, ids)
+        self._consumed.append((positions, ids))
 
     def settle(self) -> tuple[list[float], int]:
         """The mean loss of every step over ranks and micro-steps, and the fingerprint of all ranks.
@@ -53,7 +56,8 @@ class Ledger:
         if self._recorded == 0:
             return [], 0
         losses = self._losses[: self._recorded]
-        terms = torch.tensor([_as_signed(self._fingerprint)], device=losses.device)
+        positions, ids = (np.concatenate(arrays) for arrays in zip(*self._consumed, strict=True))
+        terms = torch.tensor([_as_signed(fingerprint_terms(positions, ids))], device=losses.device)
         if self._world_size > 1:
             losses, terms = self._gather(losses), self._gather(terms)
         table = losses.cpu().numpy().astype(np.float64).reshape(self._world_size, -1, self._accumulation)
@@ -63,7 +67,8 @@ class Ledger:
             for micro_step in range(self._accumulation):
                 per_step += table[rank, :, micro_step]
         per_step /= self._world_size * self._accumulation
-        self._recorded = self._fingerprint = 0
+        self._recorded = 0
+        self._consumed.clear()
         return per_step.tolist(), sum(int(term) for term in terms.tolist()) % 2**64
 
 

@@ -24,6 +24,8 @@ class TrainingState:
 
     step: int = 0
     """Optimizer updates done."""
+    skipped_steps: int = 0
+    """Those among them that loss scaling left out because a gradient overflowed; the schedule did not advance."""
     epoch: int = 0
     """Index of the epoch in progress."""
     step_in_epoch: int = 0

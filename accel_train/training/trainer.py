@@ -12,7 +12,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from accel_train.training.hooks import Hooks
 from accel_train.training.ledger import Ledger
 from accel_train.training.losses import next_token_cross_entropy
 from accel_train.training.manifest import CheckpointError, require_data
+from accel_train.training.mechanics import mechanics
 from accel_train.training.optimizer import build_optimizer
 from accel_train.training.plan import Plan
 from accel_train.training.preemption import StopSignal
@@ -52,6 +53,9 @@ from accel_train.training.stopwatch import Stopwatch
 from accel_train.training.validation import Share, mean_loss
 
 log = logging.getLogger(__name__)
+
+_MAX_SKIPPED_IN_A_ROW = 50
+"""Overflows of fp16 gradients before the run is given up: by then the loss scale is a 2^50th of what it was."""
 
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 Evaluator = Callable[[nn.Module, LoopState, Callable[[], bool]], dict[str, Any]]
@@ -183,6 +187,8 @@ class Trainer:
             model, optimizer, scheduler, loader
         )
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        prepared = self.accelerator, self.model, self._optimizer, self._scheduler
+        self._mechanics = mechanics(*prepared, self._parameters)
         self._ledger = Ledger(
             (config.log_interval + 1) * plan.accumulation,
             plan.accumulation,
@@ -192,6 +198,7 @@ class Trainer:
         )
         self._own_positions = plan.own_positions()
         self._position = 0
+        self._skipped_in_a_row = 0
         # With loss scaling an overflow is normal and the scaler skips the step by itself.
         self._watches_norm = self.accelerator.scaler is None
         self._freezes_on_device = self._watches_norm and device.type == "cuda"
@@ -265,6 +272,7 @@ class Trainer:
         self.tokens_at_start = self.state.tokens_seen
         self.state.world_sizes.append(self.plan.world_size)
         self.loop_state.step, self.loop_state.epoch = self.state.step, self.state.epoch
+        self.loop_state.skipped_steps = self.state.skipped_steps
         self._position = self.plan.first_position(self.state.epoch, self.state.step_in_epoch)
 
     def _note_resume(self, in_force: dict[str, str], here: dict[str, Any]) -> None:
@@ -294,8 +302,8 @@ class Trainer:
         return send_to_device(batch, self.accelerator.device)
 
     def _throwaway_backward(self, batch: Any) -> None:
-        self.accelerator.backward(self._loss_fn(self.model, batch))
-        self._optimizer.zero_grad()
+        self._mechanics.backward(self._loss_fn(self.model, batch))
+        self._mechanics.drop_gradients()
 
     def _train(self) -> None:
         state = self.state
@@ -314,7 +322,7 @@ class Trainer:
         state = self.state
         self._sampler.seek(state.epoch, state.step_in_epoch * self.plan.accumulation)
         # Closed even when training ends in between: its workers then leave by themselves.
-        with closing(iter(self._loader)) as batches:
+        with closing(self._batches()) as batches:
             for ids, batch in batches:
                 if self._micro_step(ids, batch) and self._end_step():
                     break
@@ -323,20 +331,29 @@ class Trainer:
             self.loop_state.epoch = state.epoch
         state.evaluation_due = not state.stopped
 
+    def _batches(self) -> Generator[tuple[np.ndarray[Any, np.dtype[np.int64]], Any], None, None]:
+        """This rank's slices of the epoch's micro-steps, on the device, with the ids of their samples."""
+        if self.config.num_workers or self.accelerator.device.type != "cpu":
+            yield from self._loader
+            return
+        # Nothing to overlap and nothing to move: DataLoader's machinery would be all cost.
+        for ids in self._loader.batch_sampler:
+            yield self._dataset.__getitems__(ids)
+
     def _micro_step(self, ids: np.ndarray[Any, np.dtype[np.int64]], batch: Any) -> bool:
         """One forward and backward; returns whether it completed a step."""
-        accelerator = self.accelerator
-        with accelerator.accumulate(self.model):
+        mechanics = self._mechanics
+        with mechanics.micro_step():
             loss = self._loss_fn(self.model, batch)
             value = loss.detach()
             if self.plan.world_size > 1:
                 # Times 1 exactly, or NaN: a loss that is not finite reaches every rank's gradients.
                 loss = loss * (value * 0 + 1)
-            accelerator.backward(loss)
+            mechanics.backward(loss)
             self._ledger.enter(value, self._position + self._own_positions, ids)
             self._position += self.plan.micro_batch
             self.state.tokens_seen += count_tokens(batch) * self.plan.world_size
-            completed = bool(accelerator.sync_gradients)
+            completed = mechanics.completes_step
             if completed:
                 self._update(value)
         return completed
@@ -345,24 +362,25 @@ class Trainer:
         max_norm = self.config.max_grad_norm or math.inf
         if self._hooks:
             # Hooks see true gradients: without this fp16's would still be multiplied by the loss scale.
-            self.accelerator.unscale_gradients()
+            self._mechanics.unscale()
             self._hooks.apply_update(self.state.step, self._parameters)
-        if self._hooks and self.accelerator.scaler is not None:
-            norm = nn.utils.clip_grad_norm_(self._parameters, max_norm)
-        else:
-            norm = self.accelerator.clip_grad_norm_(self._parameters, max_norm)
+        norm = self._mechanics.clip(max_norm)
         self.loop_state._loss, self.loop_state._grad_norm = loss, norm
         if self._freezes_on_device:
             self._frozen.masked_fill_((norm + loss).isfinite().logical_not_(), 1.0)
             self._updates.add_(1.0 - self._frozen)
         elif self._watches_norm and not math.isfinite(float(norm) + float(loss)):
             # On CPU reading costs nothing; the norm is that of the summed gradients, equal on all ranks.
-            losses, _ = self._ledger.settle()
-            self.state.train_loss.extend(losses)
-            raise self._stopped_at(self.state.step)
-        self._optimizer.step()
-        self._scheduler.step()
-        self._optimizer.zero_grad()
+            raise self._stopped_here()
+        if self._mechanics.update():
+            self._skipped_in_a_row = 0
+            return
+        self.state.skipped_steps += 1
+        self.loop_state.skipped_steps = self.state.skipped_steps
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row == _MAX_SKIPPED_IN_A_ROW:
+            # No scale is small enough: it is not the scale. The gradients of all ranks are equal, so all leave.
+            raise self._stopped_here()
 
     def _end_step(self) -> bool:
         """Bookkeeping of a step; returns whether training ends inside this epoch."""
@@ -543,6 +561,12 @@ class Trainer:
         before, tokens = self._rate_mark
         self._rate_mark = (now, self.state.tokens_seen)
         return (self.state.tokens_seen - tokens) / max(now - before, 1e-9)
+
+    def _stopped_here(self) -> NonFinite:
+        """As :meth:`_stopped_at`, for the step in progress; a collective."""
+        losses, _ = self._ledger.settle()
+        self.state.train_loss.extend(losses)
+        return self._stopped_at(self.state.step)
 
     def _stopped_at(self, step: int) -> NonFinite:
         """Update ``step`` (0-based) could not be made: replay its batch on every rank and name what is not finite."""

@@ -1,0 +1,134 @@
+#!/usr/bin/env python3
+"""``make bench``: the short forms of the benchmarks, their figures beside the targets, into docs/benchmarks.md.
+
+Each benchmark runs in a process of its own. Its figures go to docs/benchmarks.json, where those of
+benchmarks that were not run stay; the table between the two markers of docs/benchmarks.md is made
+from that file, and everything else in the document stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- make bench: begin -->", "<!-- make bench: end -->"
+
+Figures = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A row of the table: a figure of a benchmark and what it is to be."""
+
+    benchmark: str
+    what: str
+    figure: Callable[[Figures], float]
+    goal: float
+    at_least: bool = False
+
+    def row(self, figures: Figures | None) -> str:
+        """The row, with the figure and whether it is met; without figures it says so."""
+        goal = f"{'≥' if self.at_least else '≤'} {self.goal:g}"
+        if figures is None:
+            return f"| `{self.benchmark}` | {self.what} | {goal} | not measured | | |"
+        value = self.figure(figures)
+        met = "yes" if (value >= self.goal if self.at_least else value <= self.goal) else "**no**"
+        return f"| `{self.benchmark}` | {self.what} | {goal} | {value:.4g} | {met} | {figures['date']} |"
+
+
+TARGETS = (
+    Target("overhead", "seconds of the Trainer to a bare loop, anchor model", lambda f: f["ratio"], 1.01),
+    Target("overhead", "the same, a model of 10,000 parameters", lambda f: f["small_ratio"], 1.05),
+    Target("overhead", "recording the loss, % of an anchor step", lambda f: f["loss_recording_percent_of_step"], 0.1),
+    Target(
+        "overhead",
+        "callbacks and hooks with nothing registered, % of an anchor step",
+        lambda f: f["callbacks_and_hooks_off_percent_of_step"],
+        0.1,
+    ),
+    Target("peers", "tokens/s to transformers' Trainer with its GPT-2", lambda f: f["to_transformers"], 1.45, True),
+    Target("peers", "tokens/s to the fastest peer", lambda f: f["to_fastest"], 1.05, True),
+    Target("corpus", "the original generator's 72 s to ours", lambda f: 1 / f["ratio"], 15, True),
+    Target("generate", "seconds of transformers' generate to ours", lambda f: 1 / f["ratio"], 1.5, True),
+    Target("checkpoint", "stall to a synchronous verified save, 124 M parameters", lambda f: f["ratio"], 0.4),
+    Target("resume", "first step at sample 10⁹ to that at sample 0", lambda f: f["ratio"], 1.2),
+    Target("growth", "seconds at 100 times the size to 100 times the seconds, the worst", lambda f: f["ratio"], 1.1),
+    Target("scaling", "tokens/s of two processes to one, same cores", lambda f: f["ratio"], 0.9, True),
+    Target("memory", "peak memory of the Trainer's process to the bare loop's", lambda f: f["ratio"], 1.1),
+)
+
+
+def measure(name: str) -> Figures:
+    """Run one benchmark; fails as it fails."""
+    line = [sys.executable, str(ROOT / "scripts" / "bench.py"), name, "--json"]
+    done = subprocess.run(line, cwd=ROOT, check=False, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"bench_report.py: the benchmark {name} failed (exit {done.returncode})")
+    return {**json.loads(done.stdout), "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
+
+
+def section(found: Mapping[str, Figures]) -> str:
+    """What goes between the markers."""
+    machine = max(found.values(), key=lambda figures: str(figures["date"]))["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    rows = [target.row(found.get(target.benchmark)) for target in TARGETS]
+    lines = [
+        f"{machine['cores']} cores ({machine['processor'].strip()}), "
+        f"{machine['gpu'] or 'no GPU'}, Python {machine['python']}, {versions}.",
+        "",
+        "| benchmark | what | target | measured | met | date |",
+        "|---|---|---|---|---|---|",
+        *rows,
+    ]
+    if "peers" in found:
+        rates = sorted(found["peers"]["tokens_per_second"].items(), key=lambda item: -item[1])
+        lines += ["", "| trainer, anchor model | tokens/s | of the fastest |", "|---|---|---|"]
+        lines += [f"| {name} | {rate:,.0f} | {rate / rates[0][1]:.2f} |" for name, rate in rates]
+    return "\n".join(lines)
+
+
+def write(document: Path, text: str) -> None:
+    """Replace what stands between the markers.
+
+    Raises:
+        SystemExit: the document has no such markers.
+    """
+    content = document.read_text(encoding="utf-8")
+    before, begin, rest = content.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"bench_report.py: {document} has no lines {BEGIN!r} and {END!r} to write between")
+    document.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    names = list(dict.fromkeys(target.benchmark for target in TARGETS))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="benchmarks to run")
+    parser.add_argument("--document", type=Path, default=DOCUMENT, help="file to write into")
+    options = parser.parse_args(arguments)
+    store = options.document.with_suffix(".json")
+    found: dict[str, Figures] = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
+    for name in options.only:
+        print(f"{name} ...", end=" ", flush=True)
+        began = time.perf_counter()
+        found[name] = measure(name)
+        print(f"{time.perf_counter() - began:.0f} s", flush=True)
+        store.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    text = section(found)
+    print("\n" + text)
+    write(options.document, text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Every mode of the arithmetic keeps the promise: killed and started again, the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from harness import TINY, outcome, record, write_config
+from texts import TINY_TEXT
+from warm import fork
+
+HOOKS = {"hooks": {"update": ["killing:at_step"]}}
+ACCUMULATION = {"training": {"gradient_accumulation_steps": 2}}
+BF16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+
+COMPILED = {"ACCELERATE_DYNAMO_BACKEND": "inductor"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "world", "environment"),
+    [
+        pytest.param({}, 1, BF16, id="bf16-1"),
+        pytest.param({}, 2, BF16, id="bf16-2", marks=pytest.mark.slow),
+        pytest.param(ACCUMULATION, 3, BF16, id="bf16-accumulation-3", marks=pytest.mark.slow),
+        pytest.param(ACCUMULATION, 1, {}, id="accumulation-1", marks=pytest.mark.slow),
+        pytest.param(ACCUMULATION, 3, {}, id="accumulation-3", marks=pytest.mark.slow),
+        pytest.param({}, 1, COMPILED, id="compiled-1", marks=pytest.mark.slow),
+        pytest.param({}, 2, COMPILED, id="compiled-2", marks=pytest.mark.slow),
+        pytest.param(ACCUMULATION, 3, COMPILED, id="compiled-accumulation-3", marks=pytest.mark.slow),
+        pytest.param({}, 1, {**BF16, **COMPILED}, id="compiled-bf16-1", marks=pytest.mark.slow),
+        pytest.param(TINY_TEXT, 1, COMPILED, id="compiled-text-1", marks=pytest.mark.slow),
+        pytest.param(TINY_TEXT, 2, BF16, id="bf16-text-2", marks=pytest.mark.slow),
+    ],
+)
+def test_sigkill_changes_no_bit(tmp_path: Path, mode: dict, world: int, environment: dict[str, str]) -> None:
+    layers = (TINY_TEXT, HOOKS) if mode is TINY_TEXT else (TINY, HOOKS, mode)
+    configs = {
+        name: write_config(tmp_path / f"{name}.yaml", *layers, {"output_dir": str(tmp_path / name)})
+        for name in ("a", "b")
+    }
+    fork(configs["a"], world, **environment)
+    mark = tmp_path / "killed"
+    fork(configs["b"], world, expect=None, KILL_AT_STEP="32", KILL_MARK=str(mark), **environment)
+    assert mark.exists()
+    fork(configs["b"], world, **environment)
+    assert outcome(tmp_path / "b") == outcome(tmp_path / "a")
+    assert record(tmp_path / "b")["provenance"]["resumes"]
+
+
+def test_the_mode_was_in_force(tmp_path: Path) -> None:
+    """Otherwise the test above would compare full precision with itself."""
+    losses = {}
+    for name, environment in {"full": {}, "bf16": BF16}.items():
+        short = {"training": {"max_epochs": 1}, "output_dir": str(tmp_path / name)}
+        fork(write_config(tmp_path / f"{name}.yaml", TINY, short), 1, **environment)
+        losses[name] = record(tmp_path / name)["curves"]["train_loss"]
+    assert losses["full"] != losses["bf16"]
+    assert losses["bf16"] == pytest.approx(losses["full"], rel=0.02)

@@ -1,0 +1,77 @@
+"""The table of docs/benchmarks.md is what was measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+import bench_report  # noqa: E402
+
+MACHINE = {"cores": 2, "processor": "a processor", "gpu": None, "python": "3.11", "versions": {"torch": "2.13"}}
+
+
+def figures(**values):
+    return {"machine": MACHINE, "date": "2026-01-01", **values}
+
+
+def test_the_document_shows_the_stored_figures():
+    """Nobody edits the table by hand."""
+    stored = json.loads(bench_report.DOCUMENT.with_suffix(".json").read_text())
+    assert bench_report.section(stored) in bench_report.DOCUMENT.read_text()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict"), [(1.2, "| 1.2 | yes |"), (1.21, "| 1.21 | **no** |"), (0.5, "| 0.5 | yes |")]
+)
+def test_a_row_says_whether_its_target_is_met(ratio, verdict):
+    table = bench_report.section({"resume": figures(ratio=ratio)})
+    (row,) = [line for line in table.splitlines() if line.startswith("| `resume`")]
+    assert verdict in row
+
+
+@pytest.mark.parametrize(("to_fastest", "verdict"), [(1.05, "yes"), (1.04, "**no**")])
+def test_some_targets_are_lower_bounds(to_fastest, verdict):
+    peers = figures(to_fastest=to_fastest, to_transformers=2.0, tokens_per_second={"accel_train": 2.0, "other": 1.0})
+    table = bench_report.section({"peers": peers})
+    (row,) = [line for line in table.splitlines() if "to the fastest peer" in line]
+    assert f"| ≥ 1.05 | {to_fastest:g} | {verdict} |" in row
+    assert "| other | 1 | 0.50 |" in table
+
+
+def test_what_was_not_measured_says_so():
+    table = bench_report.section({"resume": figures(ratio=1.0)})
+    assert table.count("not measured") == len(bench_report.TARGETS) - 1
+
+
+def test_only_what_stands_between_the_markers_is_replaced_and_earlier_figures_stay(tmp_path, monkeypatch):
+    document = tmp_path / "doc.md"
+    document.write_text(f"before\n{bench_report.BEGIN}\nold\n{bench_report.END}\nafter\n")
+    document.with_suffix(".json").write_text(json.dumps({"memory": figures(ratio=1.07)}))
+    monkeypatch.setattr(bench_report, "measure", lambda name: figures(ratio=1.1))
+    bench_report.main(["--only", "resume", "--document", str(document)])
+    content = document.read_text()
+    assert content.startswith("before\n")
+    assert content.endswith("\nafter\n")
+    assert "old" not in content
+    assert "| 1.1 | yes |" in content
+    assert "| 1.07 | yes |" in content
+    assert set(json.loads(document.with_suffix(".json").read_text())) == {"memory", "resume"}
+
+
+def test_a_document_without_markers_is_left_alone(tmp_path):
+    document = tmp_path / "doc.md"
+    document.write_text("nothing")
+    with pytest.raises(SystemExit, match="has no lines"):
+        bench_report.write(document, "text")
+    assert document.read_text() == "nothing"
+
+
+def test_a_benchmark_that_fails_ends_it(monkeypatch):
+    monkeypatch.setattr(bench_report, "ROOT", ROOT / "nowhere")
+    with pytest.raises((SystemExit, OSError)):
+        bench_report.measure("resume")
