@@ -312,6 +312,9 @@ class TrainingConfig:
     """Data-loading worker processes per rank."""
     deterministic: bool = True
     """Deterministic algorithms on GPU; off is faster and gives up equal bits."""
+    cuda_graph: bool | None = _neutral(None)
+    """On one GPU: record the step once and start it with a single launch; the same bits. What a loss or model of
+    your own does in Python is then done once, so null records only steps of this package's models and losses."""
     timeout_seconds: float = _neutral(600.0)
     """A rank waits at most this long for the others."""
     lock_timeout: float = _neutral(60.0)

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_gpu import bench_gpu
 from bench_growth import bench_growth
 from bench_loops import bench_memory, bench_overhead, bench_peers, bench_scaling
 from bench_text import bench_text
@@ -347,6 +348,7 @@ BENCHMARKS: dict[str, Callable[[], Figures]] = {
     "checkpoint": bench_checkpoint,
     "corpus": bench_corpus,
     "generate": bench_generate,
+    "gpu": bench_gpu,
     "growth": bench_growth,
     "memory": bench_memory,
     "overhead": bench_overhead,
@@ -384,11 +386,20 @@ def _processor() -> str:
 
 
 def table(figures: Figures) -> str:
-    """Names and values in two aligned columns."""
-    width = max(map(len, figures))
+    """Names and values in two aligned columns; a figure inside another is named after both."""
+    lines = dict(_flat(figures))
+    width = max(map(len, lines))
     return "\n".join(
-        f"{name:<{width}}  {f'{value:,.3f}' if isinstance(value, float) else value}" for name, value in figures.items()
+        f"{name:<{width}}  {f'{value:,.3f}' if isinstance(value, float) else value}" for name, value in lines.items()
     )
+
+
+def _flat(figures: Figures, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}: ")
+        else:
+            yield prefix + name, value
 
 
 def main() -> None:

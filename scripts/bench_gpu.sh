@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command of under 8 minutes: the tests marked gpu, the anchor run
-# to its gate, and the generation benchmark. Results go to $OUT (default: results/gpu).
+# Everything that needs a GPU, in one command of under 8 minutes: the tests marked gpu, the step in every
+# mode, generation, and the anchor run to its gate. Results go to $OUT (default: results/gpu).
 #
 #   scripts/bench_gpu.sh            PYTHON=/path/to/python3 scripts/bench_gpu.sh
 set -euo pipefail
@@ -13,8 +13,15 @@ export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 "$python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "bench_gpu.sh: no CUDA device here")'
 "$python" -m pytest -q -m gpu tests 2>&1 | tee "$out/tests.log"
 
+echo "== steps: the anchor model in every mode, GPT-2 of 124 M parameters"
+"$python" scripts/bench.py gpu --json >"$out/gpu.json"
+"$python" scripts/bench_gpu.py table "$out/gpu.json"
+
+echo "== generation"
+"$python" scripts/bench.py generate --json | tee "$out/generate.json"
+
 echo "== walks_anchor.yaml to its gate"
-timeout 330 "$python" -m accelerate.commands.launch --config_file accelerate_config.yaml scripts/train.py \
+timeout 200 "$python" -m accelerate.commands.launch --config_file accelerate_config.yaml scripts/train.py \
     --config examples/walks_anchor.yaml --output_dir "$out/results" --training.log_interval 500 2>&1 |
     tee "$out/anchor.log" || echo "the anchor run ended with ${PIPESTATUS[0]}"
 "$python" - "$out" <<'PY'
@@ -29,6 +36,3 @@ for path in pathlib.Path(sys.argv[1], "results").glob("walks_*/result.json"):
         "tokens_per_second": timing["tokens_per_second"],
     }))
 PY
-
-echo "== generation"
-"$python" scripts/bench.py generate --json | tee "$out/generate.json"

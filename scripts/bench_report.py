@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- make bench: begin -->", "<!-- make bench: end -->"
@@ -65,6 +67,10 @@ TARGETS = (
     Target("growth", "seconds at 100 times the size to 100 times the seconds, the worst", lambda f: f["ratio"], 1.1),
     Target("scaling", "tokens/s of two processes to one, same cores", lambda f: f["ratio"], 0.9, True),
     Target("memory", "peak memory of the Trainer's process to the bare loop's", lambda f: f["ratio"], 1.1),
+    Target("gpu", "anchor model: tokens/s to the uncompiled bare loop", lambda f: f["to_bare_loop"], 4, True),
+    Target("gpu", "anchor model: step to the replay of the recorded step alone", lambda f: f["step_to_replay"], 1.05),
+    Target("gpu", "124 M GPT-2, bfloat16: model FLOPs utilisation", lambda f: f["gpt2_utilisation"], 0.45, True),
+    Target("gpu", "the same: tokens/s to a nanoGPT-style loop", lambda f: f["gpt2_to_nanogpt_style"], 1, True),
 )
 
 
@@ -120,6 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     store = options.document.with_suffix(".json")
     found: dict[str, Figures] = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
     for name in options.only:
+        if name == "gpu" and not torch.cuda.is_available():
+            print("gpu ... no CUDA device here, skipped")
+            continue
         print(f"{name} ...", end=" ", flush=True)
         began = time.perf_counter()
         found[name] = measure(name)

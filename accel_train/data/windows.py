@@ -19,7 +19,9 @@ from torch.utils.data import Dataset
 
 
 class _Samples(Dataset[tuple[Tensor, Tensor]]):
-    """Samples that are gathered a batch at a time."""
+    """Samples that are gathered a batch at a time; each is a stretch of one stream of tokens."""
+
+    context_length: int
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """One sample: inputs and targets, int64 ``(context_length,)`` each."""
@@ -40,6 +42,31 @@ class _Samples(Dataset[tuple[Tensor, Tensor]]):
         """
         tokens = torch.from_numpy(self._gather(np.asarray(ids, dtype=np.int64)))
         return tokens[:, :-1], tokens[:, 1:]
+
+    @property
+    @abstractmethod
+    def stream_length(self) -> int:
+        """Tokens in the stream."""
+
+    @abstractmethod
+    def read(self, first: int, last: int) -> npt.NDArray[np.int64]:
+        """Tokens ``first`` to ``last`` (exclusive) of the stream, int64."""
+
+    @abstractmethod
+    def starts(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Place in the stream of the first token of each of these samples, ``(batch,)``.
+
+        Raises:
+            IndexError: an id is out of range.
+        """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def _check(self, ids: npt.NDArray[np.int64]) -> None:
+        if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
+            raise IndexError(f"sample ids must lie in [0, {len(self)}), not [{ids.min()}, {ids.max()}]")
 
     @abstractmethod
     def _gather(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -71,9 +98,30 @@ class WalkDataset(_Samples):
         self.chunks_per_walk: int = walks.shape[1] // chunk
         # Splitting the last axis keeps this a view, also where a remainder is cut off.
         self._chunks = walks[:, : self.chunks_per_walk * chunk].reshape(len(walks), self.chunks_per_walk, chunk)
+        self._walks = walks
 
     def __len__(self) -> int:
         return len(self._chunks) * self.chunks_per_walk
+
+    @property
+    def stream_length(self) -> int:
+        """Tokens in all walks, one after the other."""
+        return self._walks.size
+
+    def read(self, first: int, last: int) -> npt.NDArray[np.int64]:
+        """Tokens ``first`` to ``last`` (exclusive) of the walks one after the other, int64."""
+        length = self._walks.shape[1]
+        row = first // length
+        rows = self._walks[row : -(-last // length)].reshape(-1)
+        tokens: npt.NDArray[np.int64] = rows[first - row * length : last - row * length].astype(np.int64)
+        return tokens
+
+    def starts(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Place of the first token of each of these samples, ``(batch,)``."""
+        self._check(ids)
+        walk, chunk = np.divmod(ids, self.chunks_per_walk)
+        starts: npt.NDArray[np.int64] = walk * self._walks.shape[1] + chunk * (self.context_length + 1)
+        return starts
 
     def _gather(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         walk, chunk = np.divmod(ids, self.chunks_per_walk)
@@ -207,9 +255,22 @@ class WindowDataset(_Samples):
     def __len__(self) -> int:
         return int(self._first[-1])
 
-    def _gather(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
-            raise IndexError(f"sample ids must lie in [0, {len(self)}), not [{ids.min()}, {ids.max()}]")
+    @property
+    def stream_length(self) -> int:
+        """Tokens in the stream, those that no window uses as well."""
+        return len(self._tokens)
+
+    def read(self, first: int, last: int) -> npt.NDArray[np.int64]:
+        """Tokens ``first`` to ``last`` (exclusive) of the stream, int64."""
+        tokens: npt.NDArray[np.int64] = self._tokens.windows(np.array([first], dtype=np.int64), last - first)[0]
+        return tokens
+
+    def starts(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Place of the first token of each of these windows, ``(batch,)``."""
+        self._check(ids)
         place = np.searchsorted(self._first, ids, side="right") - 1
-        starts = self._starts[place] + (ids - self._first[place]) * self.stride
-        return self._tokens.windows(starts, self.context_length + 1)
+        starts: npt.NDArray[np.int64] = self._starts[place] + (ids - self._first[place]) * self.stride
+        return starts
+
+    def _gather(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return self._tokens.windows(self.starts(ids), self.context_length + 1)

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from accel_train.interrupt import Interrupted
 from accel_train.model.transformer import KVCache, TransformerLM
 
-DEFAULT_BATCH_SIZE = 500
-"""The fastest of 32 to 1000 sequences at a time on two CPU cores (docs/benchmarks.md)."""
+LARGEST_BATCH = {"cpu": 500, "cuda": 4096}
+"""Sequences at a time where memory allows; on two CPU cores 500 were the fastest of 32 to 1000 (docs/benchmarks.md)."""
+_CPU_BYTES = 1 << 30
+_PART_OF_GPU_MEMORY = 8
 
 
 def generate(
@@ -52,7 +54,9 @@ def generate(
         top_k: sample from the so many most likely tokens only.
         top_p: sample from the fewest tokens whose probabilities add up to this (Holtzman et al. 2020).
         generator: source of randomness, needed for sampling.
-        batch_size: sequences at a time; never changes which random numbers a sequence gets.
+        batch_size: sequences at a time; never changes which random numbers a sequence gets. Default: as many as
+            are fast on the device, fewer where their keys and values would take more than 1 GiB, or an eighth of the
+            GPU's memory. What else lies in memory makes no difference, so neither does it to the bits.
         should_stop: asked before every token.
 
     Returns:
@@ -71,7 +75,7 @@ def generate(
     if generator is not None and temperature > 0:
         shape = (num, length - prompt_length)
         uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device).to(device)
-    size = batch_size or DEFAULT_BATCH_SIZE
+    size = batch_size or default_batch(model, length, device)
     with _evaluating(model):
         for first in range(0, num, size):
             rows = tokens[first : first + size]
@@ -79,6 +83,19 @@ def generate(
             for _ in _continued(model, rows, prompt_length, _Sampling(temperature, top_k, top_p), draws, should_stop):
                 pass
     return tokens
+
+
+def default_batch(model: nn.Module, length: int, device: torch.device) -> int:
+    """How many sequences of ``length`` tokens :func:`generate` continues at a time on ``device``."""
+    largest = LARGEST_BATCH.get(device.type, LARGEST_BATCH["cpu"])
+    if not isinstance(model, TransformerLM):
+        return largest
+    config, weight = model.config, model.token_embedding.weight
+    cached = 2 * config.n_layers * config.d_model * min(length, config.max_seq_len)
+    needed = (cached + model.vocab_size) * weight.element_size()
+    on_gpu = device.type == "cuda"
+    allowed = torch.cuda.get_device_properties(device).total_memory // _PART_OF_GPU_MEMORY if on_gpu else _CPU_BYTES
+    return max(1, min(largest, allowed // needed))
 
 
 def stream(

@@ -72,13 +72,24 @@ class Mechanics:
         """
         scaler = self._accelerator.scaler
         scale = 0.0 if scaler is None else scaler.get_scale()
-        self._optimizer.step()
+        self.apply()
         made = scaler is None or scaler.get_scale() >= scale
         if made:
-            self._scheduler.step()
+            self.advance_schedule()
         self._unscaled = False
         self.drop_gradients()
         return made
+
+    def send_rates(self) -> None:
+        """Nothing: the optimizer reads the learning rates where the schedule writes them."""
+
+    def apply(self) -> None:
+        """The optimizer's update alone."""
+        self._optimizer.step()
+
+    def advance_schedule(self) -> None:
+        """To the learning rate of the next update."""
+        self._scheduler.step()
 
     def drop_gradients(self) -> None:
         """Without an update."""
@@ -92,6 +103,9 @@ class DirectMechanics(Mechanics):
         super().__init__(accelerator, model, optimizer.optimizer, scheduler.scheduler, **rest)
         self._accumulation: int = accelerator.gradient_accumulation_steps
         self._done = 0
+        device = accelerator.device
+        groups = self._optimizer.param_groups if device.type == "cuda" else []
+        self._rates = [torch.zeros((), dtype=torch.float32, device=device) for _ in groups]
         self._without_sum = getattr(model, "no_sync", lambda: _NOTHING)
 
     def micro_step(self) -> AbstractContextManager[Any]:
@@ -113,10 +127,34 @@ class DirectMechanics(Mechanics):
 
     def update(self) -> bool:
         """See :meth:`Mechanics.update`."""
-        self._optimizer.step()
-        self._scheduler.step()
+        self.send_rates()
+        self.apply()
+        self.advance_schedule()
         self.drop_gradients()
         return True
+
+    def send_rates(self) -> None:
+        """Learning rates to the GPU, where :meth:`apply` reads them: a recorded update takes no numbers."""
+        if self._rates:
+            for rate, group in zip(self._rates, self._optimizer.param_groups, strict=True):
+                rate.fill_(group["lr"])
+
+    def apply(self) -> None:
+        """See :meth:`Mechanics.apply`; on a GPU with the learning rates last sent, the same bits recorded or not."""
+        if not self._rates:
+            self._optimizer.step()
+            return
+        groups = self._optimizer.param_groups
+        numbers = [group["lr"] for group in groups]
+        recording = torch.cuda.is_current_stream_capturing()
+        try:
+            for rate, group in zip(self._rates, groups, strict=True):
+                group["lr"], group["capturable"] = rate, recording
+            self._optimizer.step()
+        finally:
+            # What a checkpoint holds is plain numbers.
+            for number, group in zip(numbers, groups, strict=True):
+                group["lr"], group["capturable"] = number, False
 
     def clip(self, max_norm: float) -> Tensor:
         """See :meth:`Mechanics.clip`."""

@@ -25,6 +25,7 @@ from torch import nn
 
 from accel_train.config import CheckpointConfig, TrainingConfig, canonical_json, result_values
 from accel_train.data.loader import DatasetWithIds, build_loader, count_tokens
+from accel_train.data.resident import resident
 from accel_train.interrupt import Interrupted
 from accel_train.observer import EVALUATION_BEGUN, SILENT, STEP_DONE, Observer
 from accel_train.training.board import LostPeer, first_line, is_lost_peer
@@ -36,7 +37,6 @@ from accel_train.training.hooks import Hooks
 from accel_train.training.ledger import Ledger
 from accel_train.training.losses import next_token_cross_entropy
 from accel_train.training.manifest import CheckpointError, require_data
-from accel_train.training.mechanics import mechanics
 from accel_train.training.optimizer import build_optimizer
 from accel_train.training.plan import Plan
 from accel_train.training.preemption import StopSignal
@@ -49,15 +49,12 @@ from accel_train.training.runtime import (
     warm_up_buckets,
 )
 from accel_train.training.state import TrainingState
+from accel_train.training.step import LossFunction, Outcome, Step
 from accel_train.training.stopwatch import Stopwatch
 from accel_train.training.validation import Share, mean_loss
 
 log = logging.getLogger(__name__)
 
-_MAX_SKIPPED_IN_A_ROW = 50
-"""Overflows of fp16 gradients before the run is given up: by then the loss scale is a 2^50th of what it was."""
-
-LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 Evaluator = Callable[[nn.Module, LoopState, Callable[[], bool]], dict[str, Any]]
 """``evaluator(model, loop_state, should_stop)``: called on the main process with the unwrapped
 model; returns JSON values. ``"passed": True`` marks the checkpoint to keep, ``"stop": True`` ends
@@ -180,15 +177,22 @@ class Trainer:
         config, plan, device = self.config, self.plan, self.accelerator.device
         self._sampler = plan.sampler()
         self._dataset = DatasetWithIds(dataset)
+        self._here = self._gathered_here(dataset)
         loader = build_loader(self._dataset, self._sampler, num_workers=config.num_workers, seed=self.seed)
         optimizer = build_optimizer(model, config, device)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.lr_factor)
         self.model, self._optimizer, self._scheduler, self._loader = self.accelerator.prepare(
             model, optimizer, scheduler, loader
         )
-        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
-        prepared = self.accelerator, self.model, self._optimizer, self._scheduler
-        self._mechanics = mechanics(*prepared, self._parameters)
+        self._step = Step(
+            self.accelerator,
+            self.model,
+            self._optimizer,
+            self._scheduler,
+            loss_fn=self._loss_fn,
+            config=config,
+            hooks=self._hooks,
+        )
         self._ledger = Ledger(
             (config.log_interval + 1) * plan.accumulation,
             plan.accumulation,
@@ -198,15 +202,6 @@ class Trainer:
         )
         self._own_positions = plan.own_positions()
         self._position = 0
-        self._skipped_in_a_row = 0
-        # With loss scaling an overflow is normal and the scaler skips the step by itself.
-        self._watches_norm = self.accelerator.scaler is None
-        self._freezes_on_device = self._watches_norm and device.type == "cuda"
-        self._frozen = torch.zeros((), dtype=torch.float32, device=device)
-        self._updates = torch.zeros_like(self._frozen)
-        if self._freezes_on_device:
-            # The fused kernel skips its update while this is 1: no host decision, no sync.
-            self._optimizer.optimizer.found_inf = self._frozen
 
     # -- the run ---------------------------------------------------------------------------
 
@@ -259,7 +254,7 @@ class Trainer:
         """Warm DDP's buckets up, then load the newest checkpoint or seed a fresh start."""
         if self.plan.world_size > 1:
             batch = self._batch_of(0, 0)
-            warm_up_buckets(self.model, lambda: self._throwaway_backward(batch))
+            warm_up_buckets(self.model, lambda: self._step.throwaway_backward(batch))
         restored = self._checkpointer.load() if self._checkpointer is not None else None
         in_force, here = arithmetic(self.accelerator), machine(self.accelerator)
         if restored is None:
@@ -301,13 +296,10 @@ class Trainer:
         _, batch = self._dataset.__getitems__(next(iter(sampler))[self._own_positions])
         return send_to_device(batch, self.accelerator.device)
 
-    def _throwaway_backward(self, batch: Any) -> None:
-        self._mechanics.backward(self._loss_fn(self.model, batch))
-        self._mechanics.drop_gradients()
-
     def _train(self) -> None:
         state = self.state
         self.model.train()
+        self._step.record(lambda: self._batch_of(0, 0))
         self._rate_mark = (time.perf_counter() - self.clock.idle_of("training"), state.tokens_seen)
         if state.evaluation_due:
             self._evaluate_and_commit()
@@ -333,54 +325,36 @@ class Trainer:
 
     def _batches(self) -> Generator[tuple[np.ndarray[Any, np.dtype[np.int64]], Any], None, None]:
         """This rank's slices of the epoch's micro-steps, on the device, with the ids of their samples."""
-        if self.config.num_workers or self.accelerator.device.type != "cpu":
+        if self._here is None:
             yield from self._loader
             return
-        # Nothing to overlap and nothing to move: DataLoader's machinery would be all cost.
         for ids in self._loader.batch_sampler:
-            yield self._dataset.__getitems__(ids)
+            yield self._here.__getitems__(ids)
+
+    def _gathered_here(self, dataset: Any) -> DatasetWithIds | None:
+        """Where batches come from that need no DataLoader: nothing to move, nothing to overlap."""
+        if self.accelerator.device.type == "cpu":
+            return None if self.config.num_workers else self._dataset
+        on_device = resident(dataset, self.accelerator.device)
+        return None if on_device is None else DatasetWithIds(on_device)
 
     def _micro_step(self, ids: np.ndarray[Any, np.dtype[np.int64]], batch: Any) -> bool:
         """One forward and backward; returns whether it completed a step."""
-        mechanics = self._mechanics
-        with mechanics.micro_step():
-            loss = self._loss_fn(self.model, batch)
-            value = loss.detach()
-            if self.plan.world_size > 1:
-                # Times 1 exactly, or NaN: a loss that is not finite reaches every rank's gradients.
-                loss = loss * (value * 0 + 1)
-            mechanics.backward(loss)
-            self._ledger.enter(value, self._position + self._own_positions, ids)
-            self._position += self.plan.micro_batch
-            self.state.tokens_seen += count_tokens(batch) * self.plan.world_size
-            completed = mechanics.completes_step
-            if completed:
-                self._update(value)
-        return completed
-
-    def _update(self, loss: torch.Tensor) -> None:
-        max_norm = self.config.max_grad_norm or math.inf
-        if self._hooks:
-            # Hooks see true gradients: without this fp16's would still be multiplied by the loss scale.
-            self._mechanics.unscale()
-            self._hooks.apply_update(self.state.step, self._parameters)
-        norm = self._mechanics.clip(max_norm)
-        self.loop_state._loss, self.loop_state._grad_norm = loss, norm
-        if self._freezes_on_device:
-            self._frozen.masked_fill_((norm + loss).isfinite().logical_not_(), 1.0)
-            self._updates.add_(1.0 - self._frozen)
-        elif self._watches_norm and not math.isfinite(float(norm) + float(loss)):
-            # On CPU reading costs nothing; the norm is that of the summed gradients, equal on all ranks.
+        step, state, loop = self._step, self.state, self.loop_state
+        loss = step.micro_step(batch)
+        self._ledger.enter(loss, self._position + self._own_positions, ids)
+        self._position += self.plan.micro_batch
+        state.tokens_seen += count_tokens(batch) * self.plan.world_size
+        if not step.is_complete:
+            return False
+        outcome = step.update(loss, state.step)
+        loop._loss, loop._grad_norm = loss, step.grad_norm
+        if outcome is Outcome.NOT_FINITE:
             raise self._stopped_here()
-        if self._mechanics.update():
-            self._skipped_in_a_row = 0
-            return
-        self.state.skipped_steps += 1
-        self.loop_state.skipped_steps = self.state.skipped_steps
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row == _MAX_SKIPPED_IN_A_ROW:
-            # No scale is small enough: it is not the scale. The gradients of all ranks are equal, so all leave.
-            raise self._stopped_here()
+        if outcome is Outcome.SKIPPED:
+            state.skipped_steps += 1
+            loop.skipped_steps = state.skipped_steps
+        return True
 
     def _end_step(self) -> bool:
         """Bookkeeping of a step; returns whether training ends inside this epoch."""
@@ -532,9 +506,8 @@ class Trainer:
         self.state.train_loss.extend(losses)
         self.state.fingerprint = (self.state.fingerprint + fingerprint) % 2**64
         good = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
-        if self._freezes_on_device:
-            good = min(good, int(self._updates))
-            self._updates.zero_()
+        made = self._step.updates_made()
+        good = good if made is None else min(good, made)
         if good < len(losses):
             raise self._stopped_at(first + good)
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from harness import ACCELERATE, ROOT, TINY, outcome, record, write_config
 
 from accel_train.config import ModelConfig, TrainingConfig
+from accel_train.data.resident import resident
 from accel_train.data.windows import WalkDataset
 from accel_train.model.generation import generate
 from accel_train.model.transformer import TransformerLM
 from accel_train.training.callbacks import Callback
 from accel_train.training.diagnosis import NonFinite
+from accel_train.training.losses import next_token_cross_entropy
 from accel_train.training.trainer import Trainer
 
 pytestmark = [
@@ -101,7 +106,8 @@ def test_a_nan_freezes_the_weights_on_the_device_until_the_log_boundary() -> Non
     assert all(torch.equal(after[name], value) for name, value in kept.items())
 
 
-def test_no_step_between_two_log_boundaries_waits_for_the_device() -> None:
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_no_step_between_two_log_boundaries_waits_for_the_device(cuda_graph: bool) -> None:
     torch.manual_seed(0)
 
     class Strict(Callback):
@@ -109,13 +115,90 @@ def test_no_step_between_two_log_boundaries_waits_for_the_device() -> None:
             # From the third step on: the first ones build kernels and allocate.
             torch.cuda.set_sync_debug_mode("error" if 3 <= state.step < 9 else "default")
 
-    config = TrainingConfig(batch_size=32, max_epochs=1, log_interval=20)
+    config = TrainingConfig(batch_size=32, max_epochs=1, log_interval=20, cuda_graph=cuda_graph)
     trainer = Trainer(TransformerLM(MODEL, 50), dataset(), config, callbacks=[Strict()])
     try:
         state = trainer.fit()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert state.step == 16
+    assert (trainer._step._recorded is not None) is cuda_graph
+
+
+RUN = """
+import hashlib, os, signal, sys
+import numpy as np, torch
+from accel_train.config import CheckpointConfig, ModelConfig, TrainingConfig
+from accel_train.data.windows import WalkDataset
+from accel_train.model.transformer import TransformerLM
+from accel_train.training.callbacks import Callback
+from accel_train.training.trainer import Trainer
+run_dir, recorded, fatal = sys.argv[1], sys.argv[2] == "recorded", int(sys.argv[3])
+class Kill(Callback):
+    def on_step_end(self, state):
+        if state.step == fatal:
+            torch.cuda.synchronize()
+            os.kill(os.getpid(), signal.SIGKILL)
+walks = np.random.default_rng(0).integers(50, size=(512, 17), dtype=np.uint16)
+torch.manual_seed(0)
+model = TransformerLM(ModelConfig(d_model=32, n_layers=2, n_heads=2, max_seq_len=16, dropout=0.1), 50)
+trainer = Trainer(
+    model, WalkDataset(walks, 16), TrainingConfig(max_epochs=3, batch_size=32, cuda_graph=recorded),
+    run_dir=run_dir, checkpoint=CheckpointConfig(every_steps=5), callbacks=[Kill()],
+)
+state = trainer.fit()
+assert (trainer._step._recorded is not None) == recorded
+weights = b"".join(value.cpu().numpy().tobytes() for value in trainer.unwrapped_model.state_dict().values())
+print(hashlib.sha256(weights + str(state.train_loss).encode()).hexdigest(), len(state.resumes))
+"""
+
+
+def run_script(directory: Path, how: str, fatal: int = -1, expect: int = 0) -> list[str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    line = [sys.executable, "-c", RUN, str(directory), how, str(fatal)]
+    done = subprocess.run(
+        line, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout.split()
+
+
+def test_a_recorded_step_computes_what_its_kernels_do_and_survives_a_sigkill(tmp_path: Path) -> None:
+    bits, _ = run_script(tmp_path / "launched", "launched")
+    assert run_script(tmp_path / "recorded", "recorded") == [bits, "0"]
+    run_script(tmp_path / "killed", "recorded", 23, expect=-signal.SIGKILL)
+    assert run_script(tmp_path / "killed", "recorded") == [bits, "1"]
+    # In the middle of an epoch from one into the other.
+    run_script(tmp_path / "mixed", "launched", 23, expect=-signal.SIGKILL)
+    assert run_script(tmp_path / "mixed", "recorded") == [bits, "1"]
+
+
+def test_a_loss_that_asks_the_device_is_not_recorded_and_trains_all_the_same(caplog) -> None:
+    def loss_fn(model, batch):
+        loss = next_token_cross_entropy(model, batch)
+        assert loss.item() > 0
+        return loss
+
+    weights = []
+    for cuda_graph in (True, False):
+        torch.manual_seed(0)
+        config = TrainingConfig(batch_size=32, max_epochs=1, cuda_graph=cuda_graph)
+        trainer = Trainer(TransformerLM(MODEL, 50), dataset(), config, loss_fn=loss_fn)
+        with caplog.at_level("INFO"):
+            trainer.fit()
+        assert trainer._step._recorded is None
+        weights.append([value.clone() for value in trainer.unwrapped_model.state_dict().values()])
+    assert "is not recorded as a CUDA graph" in caplog.text
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
+
+
+def test_batches_from_a_stream_on_the_device_are_those_of_the_file() -> None:
+    walks = dataset()
+    copy = resident(walks, torch.device("cuda"))
+    assert copy is not None
+    ids = np.random.default_rng(0).permutation(len(walks))
+    for ours, theirs in zip(copy.__getitems__(ids), walks.__getitems__(ids), strict=True):
+        assert torch.equal(ours.cpu(), theirs)
 
 
 def test_greedy_generation_on_the_gpu_agrees_with_a_pass_without_cache() -> None:

@@ -56,3 +56,31 @@ def test_the_mode_was_in_force(tmp_path: Path) -> None:
         losses[name] = record(tmp_path / name)["curves"]["train_loss"]
     assert losses["full"] != losses["bf16"]
     assert losses["bf16"] == pytest.approx(losses["full"], rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "tolerance"),
+    [
+        pytest.param(BF16, 2e-2, id="bf16"),
+        pytest.param(COMPILED, 1e-3, id="compiled"),
+    ],
+)
+def test_another_number_of_processes_goes_on_with_the_same_data(
+    tmp_path: Path, environment: dict[str, str], tolerance: float
+) -> None:
+    """Two processes, then one, then three, by SIGKILL; no dropout, so that only the order of sums differs."""
+    layers = TINY, HOOKS, {"model": {"dropout": 0.0}}
+    alone, elastic = (
+        write_config(tmp_path / f"{name}.yaml", *layers, {"output_dir": str(tmp_path / name)}) for name in ("a", "b")
+    )
+    fork(alone, 1, **environment)
+    for world, step in ((2, 22), (1, 43)):
+        mark = tmp_path / f"killed at {step}"
+        fork(elastic, world, expect=None, KILL_AT_STEP=str(step), KILL_MARK=str(mark), **environment)
+        assert mark.exists()
+    fork(elastic, 3, **environment)
+    one, three = record(tmp_path / "a"), record(tmp_path / "b")
+    assert three["provenance"]["world_sizes"] == [2, 1, 3]
+    assert three["provenance"]["data_fingerprint"] == one["provenance"]["data_fingerprint"]
+    assert three["curves"]["train_loss"] == pytest.approx(one["curves"]["train_loss"], abs=tolerance)

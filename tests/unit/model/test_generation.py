@@ -4,10 +4,11 @@ from torch import nn
 
 from accel_train.config import ModelConfig
 from accel_train.interrupt import Interrupted
-from accel_train.model.generation import _PlainLogits, _sample, _Sampling, generate, stream
+from accel_train.model.generation import _PlainLogits, _sample, _Sampling, default_batch, generate, stream
 from accel_train.model.transformer import TransformerLM
 
 VOCAB, CONTEXT = 11, 12
+CPU = torch.device("cpu")
 
 
 def tiny(positions="learned", dropout=0.0):
@@ -91,6 +92,35 @@ class TestGreedy:
 
     def test_no_prompts_give_no_tokens(self):
         assert generate(tiny(), some_prompts(num=0), 9).shape == (0, 9)
+
+
+class TestDefaultBatch:
+    def test_is_the_fastest_where_memory_allows(self):
+        assert default_batch(tiny(), 9, CPU) == 500
+        assert default_batch(Bigram(torch.zeros(3, 3)), 9, CPU) == 500
+
+    def test_is_smaller_where_keys_and_values_would_take_more_than_a_gibibyte(self):
+        config = ModelConfig(d_model=256, n_layers=8, n_heads=2, max_seq_len=1024)
+        model = TransformerLM(config, 1000)
+        size = default_batch(model, 4000, CPU)
+        cache = model.new_cache(2, 1024)
+        stored = sum(tensor[0].nbytes for tensor in (*cache.keys, *cache.values)) + 4 * 1000
+        assert size * stored <= 2**30 < (size + 1) * stored
+        assert default_batch(model, 100, CPU) > size
+
+    def test_on_a_gpu_an_eighth_of_its_memory(self, monkeypatch):
+        class Properties:
+            total_memory = 8 * 1000
+
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+        model = tiny()
+        cache = model.new_cache(1, 9)
+        stored = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values)) + 8 * VOCAB
+        assert default_batch(model, 9, torch.device("cuda")) == max(1, 1000 // stored)
+        Properties.total_memory = 8 * 3 * stored
+        assert default_batch(model, 9, torch.device("cuda")) == 3
+        Properties.total_memory = 2**40
+        assert default_batch(model, 9, torch.device("cuda")) == 4096
 
 
 class TestWindow:

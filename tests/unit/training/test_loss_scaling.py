@@ -55,7 +55,7 @@ def test_an_overflow_is_a_skipped_step_and_the_schedule_waits(tiny_model, tiny_d
     model = tiny_model()
     overflow, watch = Overflow(model), Watch(model)
     trainer = overflow.trainer = scaling_trainer(model, tiny_dataset(), callbacks=[watch])
-    assert type(trainer._mechanics) is Mechanics
+    assert type(trainer._step.mechanics) is Mechanics
     state = trainer.fit()
     assert (state.step, state.skipped_steps) == (15, 2)
     still = [step for step in range(2, 16) if torch.equal(watch.weights[step - 1], watch.weights[step - 2])]

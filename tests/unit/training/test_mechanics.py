@@ -21,7 +21,7 @@ def bits(model: torch.nn.Module) -> dict[str, bytes]:
 
 def through_accelerate(trainer: Trainer) -> Trainer:
     prepared = trainer.accelerator, trainer.model, trainer._optimizer, trainer._scheduler
-    trainer._mechanics = Mechanics(*prepared, trainer._parameters)
+    trainer._step.mechanics = Mechanics(*prepared, trainer._step.parameters)
     return trainer
 
 
@@ -30,7 +30,7 @@ def test_they_train_the_same_weights(tiny_model, tiny_dataset, accumulation):
     config = TrainingConfig(max_epochs=2, batch_size=8, gradient_accumulation_steps=accumulation, learning_rate=1e-2)
     one, other = tiny_model(dropout=0.2), tiny_model(dropout=0.2)
     direct = Trainer(one, tiny_dataset(), config)
-    assert type(direct._mechanics) is DirectMechanics
+    assert type(direct._step.mechanics) is DirectMechanics
     wrapped = through_accelerate(Trainer(other, tiny_dataset(), config))
     assert direct.fit().train_loss == wrapped.fit().train_loss
     assert bits(one) == bits(other)
@@ -82,8 +82,8 @@ for kind in (DirectMechanics, Mechanics):
         return next_token_cross_entropy(model, batch)
     trainer = Trainer(model, dataset, config, loss_fn=loss_fn)
     prepared = trainer.accelerator, trainer.model, trainer._optimizer, trainer._scheduler
-    assert type(trainer._mechanics) is DirectMechanics
-    trainer._mechanics = kind(*prepared, parameters=trainer._parameters)
+    assert type(trainer._step.mechanics) is DirectMechanics
+    trainer._step.mechanics = kind(*prepared, parameters=trainer._step.parameters)
     trainer.fit()
     digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in model.state_dict().values())).hexdigest()
     found.append([digest, syncs[-10:]])
@@ -112,8 +112,9 @@ def test_wrappers_that_do_something_are_used(tiny_model, tiny_dataset, distribut
 
     class Prepared:
         gradient_accumulation_steps = 1
+        device = torch.device("cpu")
 
     accelerator = Prepared()
     accelerator.distributed_type, accelerator.scaler = distributed_type, scaler
-    found = mechanics(accelerator, trainer.model, trainer._optimizer, trainer._scheduler, trainer._parameters)
+    found = mechanics(accelerator, trainer.model, trainer._optimizer, trainer._scheduler, trainer._step.parameters)
     assert type(found) is kind

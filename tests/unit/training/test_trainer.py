@@ -354,8 +354,7 @@ def test_the_skip_on_the_device_freezes_the_weights_at_the_first_bad_step(tiny_m
 
     model = tiny_model()
     trainer = Trainer(model, dataset, config, callbacks=[Poison()], loss_fn=loss_fn)
-    trainer._freezes_on_device = True
-    trainer._optimizer.optimizer.found_inf = trainer._frozen
+    trainer._step.freeze_on_device(trainer._optimizer.optimizer)
     with pytest.raises(NonFinite) as stopped:
         trainer.fit()
     assert stopped.value.step == 3
@@ -399,8 +398,7 @@ def test_an_overflowing_gradient_is_named_by_its_own_step_on_the_path_of_a_gpu(t
     model = tiny_model()
     counter = Recorder()
     trainer = Trainer(model, tiny_dataset(), config, callbacks=[counter])
-    trainer._freezes_on_device = True
-    trainer._optimizer.optimizer.found_inf = trainer._frozen
+    trainer._step.freeze_on_device(trainer._optimizer.optimizer)
     seen = []
 
     def overflow(gradient):

@@ -1,0 +1,191 @@
+"""What the device computes in a step: forward, loss, backward, clip, update; one by one or as a recorded graph.
+
+On a CPU a step that is not finite is seen at once. On a GPU the device itself decides: from the first bad
+step on its fused optimizer leaves everything as it is, and the host hears of it at a boundary.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from accel_train.config import TrainingConfig
+from accel_train.model.transformer import TransformerLM
+from accel_train.training.hooks import Hooks
+from accel_train.training.losses import LOSS_OF_TASK
+from accel_train.training.mechanics import mechanics
+from accel_train.training.recorded import RecordedStep, why_not
+
+log = logging.getLogger(__name__)
+
+_MAX_SKIPPED_IN_A_ROW = 50
+"""Overflows of fp16 gradients before the run is given up: by then the loss scale is a 2^50th of what it was."""
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+
+
+class Outcome(Enum):
+    """What became of an update."""
+
+    MADE = auto()
+    """As far as the host knows: on a GPU :meth:`Step.updates_made` tells."""
+    SKIPPED = auto()
+    """Loss scaling left it out, and the schedule stands still."""
+    NOT_FINITE = auto()
+    """Loss or gradients are not finite on any rank, or no loss scale is small enough: training cannot go on."""
+
+
+class Step:
+    """A step of prepared objects, on this rank.
+
+    Args:
+        accelerator: prepared the others.
+        model: prepared.
+        optimizer: prepared.
+        scheduler: prepared.
+        loss_fn: ``loss_fn(model, batch)`` returns a scalar mean.
+        config: of the loop.
+        hooks: see the gradients of every step.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Any,
+        scheduler: Any,
+        *,
+        loss_fn: LossFunction,
+        config: TrainingConfig,
+        hooks: Hooks | None,
+    ) -> None:
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.mechanics = mechanics(accelerator, model, optimizer, scheduler, self.parameters)
+        self.grad_norm: Tensor | None = None
+        """Of the last step, before clipping: a scalar on the device."""
+        self._accelerator, self._model, self._loss_fn, self._config = accelerator, model, loss_fn, config
+        self._hooks = hooks
+        self._max_norm = config.max_grad_norm or math.inf
+        self._skipped_in_a_row = 0
+        # With loss scaling an overflow is normal and the scaler skips the step by itself.
+        self._watches_norm = accelerator.scaler is None
+        self._frozen = torch.zeros((), dtype=torch.float32, device=accelerator.device)
+        self._updates = torch.zeros_like(self._frozen)
+        self._recorded: RecordedStep | None = None
+        self.freezes_on_device = False
+        if self._watches_norm and accelerator.device.type == "cuda":
+            self.freeze_on_device(optimizer.optimizer)
+
+    def freeze_on_device(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the fused ``optimizer`` skip its updates from the first bad step on: no host decision, no sync."""
+        self.freezes_on_device = True
+        optimizer.found_inf = self._frozen  # type: ignore[attr-defined]
+
+    def micro_step(self, batch: Any) -> Tensor:
+        """Forward and backward on this rank's slice; returns the mean loss, a scalar on the device."""
+        if self._recorded is not None:
+            self.mechanics.send_rates()
+            loss, self.grad_norm = self._recorded(batch)
+            return loss
+        with self.mechanics.micro_step():
+            return self._backward(batch)
+
+    def _backward(self, batch: Any) -> Tensor:
+        loss = self._loss_fn(self._model, batch)
+        value = loss.detach()
+        if self._accelerator.num_processes > 1:
+            # Times 1 exactly, or NaN: a loss that is not finite reaches every rank's gradients.
+            loss = loss * (value * 0 + 1)
+        self.mechanics.backward(loss)
+        return value
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the last micro-step was its step's last: then :meth:`update` is due."""
+        return self._recorded is not None or self.mechanics.completes_step
+
+    def update(self, loss: Tensor, step: int) -> Outcome:
+        """Hooks, clipping, optimizer, schedule, and gradients away.
+
+        Args:
+            loss: of the last micro-step.
+            step: steps taken before this one.
+        """
+        if self._recorded is not None:
+            self.mechanics.advance_schedule()
+            return Outcome.MADE
+        if self._hooks:
+            # Hooks see true gradients: without this fp16's would still be multiplied by the loss scale.
+            self.mechanics.unscale()
+            self._hooks.apply_update(step, self.parameters)
+        self.grad_norm = norm = self.mechanics.clip(self._max_norm)
+        if self.freezes_on_device:
+            self._freeze_unless_finite(loss, norm)
+        elif self._watches_norm and not math.isfinite(float(norm) + float(loss)):
+            # On CPU reading costs nothing; the norm is that of the summed gradients, equal on all ranks.
+            return Outcome.NOT_FINITE
+        if self.mechanics.update():
+            self._skipped_in_a_row = 0
+            return Outcome.MADE
+        self._skipped_in_a_row += 1
+        # No scale is small enough: it is not the scale. The gradients of all ranks are equal, so all leave.
+        return Outcome.NOT_FINITE if self._skipped_in_a_row == _MAX_SKIPPED_IN_A_ROW else Outcome.SKIPPED
+
+    def _freeze_unless_finite(self, loss: Tensor, norm: Tensor) -> None:
+        self._frozen.masked_fill_((norm + loss).isfinite().logical_not_(), 1.0)
+        self._updates.add_(1.0 - self._frozen)
+
+    def updates_made(self) -> int | None:
+        """Updates since the last call, where the device decides about them; waits for it. None: the host knows."""
+        if not self.freezes_on_device:
+            return None
+        made = int(self._updates)
+        self._updates.zero_()
+        return made
+
+    def throwaway_backward(self, batch: Any) -> None:
+        """Forward and backward that leave nothing behind but what the libraries set up in their first passes."""
+        self.mechanics.backward(self._loss_fn(self._model, batch))
+        self.mechanics.drop_gradients()
+
+    # -- as one CUDA graph -------------------------------------------------------------------
+
+    def record(self, get_batch: Callable[[], Any]) -> None:
+        """Record the step on a batch, where the configuration asks for that and it is possible; says if it is not.
+
+        Weights, optimizer and random states stay as they are; from now on their tensors must stay where they are.
+        """
+        wanted = self._config.cuda_graph
+        if not self.freezes_on_device or not (self._computes_the_same_every_time if wanted is None else wanted):
+            return
+        reason = why_not(self._accelerator, hooks=bool(self._hooks))
+        if reason is None:
+            try:
+                self._recorded = RecordedStep(self._on_device, get_batch(), self._frozen.fill_)
+            except RuntimeError as error:
+                reason = str(error).partition("\n")[0]
+                self.mechanics.drop_gradients()
+        if reason is not None:
+            log.info("the step is not recorded as a CUDA graph, its kernels are launched one by one: %s", reason)
+
+    @property
+    def _computes_the_same_every_time(self) -> bool:
+        """Whether nothing but tensors decides what a step does: sure of our own model and losses only."""
+        model = self._accelerator.unwrap_model(self._model, keep_torch_compile=False)
+        return isinstance(model, TransformerLM) and self._loss_fn in LOSS_OF_TASK.values()
+
+    def _on_device(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """All of a step of one micro-step but its schedule: the loss and the gradient norm."""
+        self.mechanics.drop_gradients()
+        loss = self._backward(batch)
+        norm = self.mechanics.clip(self._max_norm)
+        self._freeze_unless_finite(loss, norm)
+        self.mechanics.apply()
+        return loss, norm
