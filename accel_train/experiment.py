@@ -43,7 +43,7 @@ from accel_train.training.callbacks import Callback, LoopState
 from accel_train.training.coordination import Coordinator, PeerFailed
 from accel_train.training.diagnosis import NonFinite, is_out_of_memory
 from accel_train.training.hooks import Hooks, build_hooks
-from accel_train.training.losses import LOSS_OF_TASK
+from accel_train.training.losses import fused_cross_entropy
 from accel_train.training.manifest import CheckpointError, step_directory
 from accel_train.training.preemption import StopSignal, leaving_while_ranks_meet
 from accel_train.training.progress import Progress, be_silent, say
@@ -288,7 +288,7 @@ class _Experiment:
             model,
             dataset,
             config.training,
-            loss_fn=LOSS_OF_TASK[config.task],
+            loss_fn=fused_cross_entropy,
             evaluate=self._evaluate,
             validation=self.task.validation(),
             callbacks=callbacks,

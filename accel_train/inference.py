@@ -22,7 +22,7 @@ from accel_train.tasks.registry import build_task
 from accel_train.tasks.text import TextTask
 from accel_train.tasks.walks import CorpusError, WalksTask
 from accel_train.text.tokenizer import TOKENIZER_FILE, TokenizerError
-from accel_train.training.losses import LOSS_OF_TASK
+from accel_train.training.losses import fused_cross_entropy
 from accel_train.training.manifest import (
     CheckpointError,
     newest_sound,
@@ -116,7 +116,7 @@ def evaluate(run_dir: Path) -> dict[str, Any]:
     alone = Share(0, 1, config.training.batch_size, lambda: None, lambda sums: [sums])
     device = next(model.parameters()).device
     losses = {
-        name: mean_loss(model, DatasetWithIds(dataset), LOSS_OF_TASK[config.task], device, alone)
+        name: mean_loss(model, DatasetWithIds(dataset), fused_cross_entropy, device, alone)
         for name, dataset in task.validation().items()
     }
     model.eval()

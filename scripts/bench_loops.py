@@ -35,6 +35,7 @@ from accel_train.tasks.deployment import peak_rss_bytes
 from accel_train.training.callbacks import Callback, LoopState
 from accel_train.training.hooks import Hooks
 from accel_train.training.ledger import Ledger
+from accel_train.training.losses import fused_cross_entropy
 from accel_train.training.schedule import cosine_with_warmup, warmup_steps
 from accel_train.training.trainer import Trainer
 
@@ -312,7 +313,7 @@ class _StepClock(_Clock, Callback):
 def _ours(dataset: WalkDataset, steps: int) -> float:
     clock = _StepClock(steps)
     config = TrainingConfig(max_steps=steps, batch_size=BATCH)
-    Trainer(new_model(ANCHOR, VOCAB), dataset, config, seed=SEED, callbacks=[clock]).fit()
+    Trainer(our_model(), dataset, config, loss_fn=fused_cross_entropy, seed=SEED, callbacks=[clock]).fit()
     return clock.seconds
 
 

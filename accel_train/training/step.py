@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from accel_train.config import TrainingConfig
 from accel_train.model.transformer import TransformerLM
 from accel_train.training.hooks import Hooks
-from accel_train.training.losses import LOSS_OF_TASK
+from accel_train.training.losses import fused_cross_entropy, next_token_cross_entropy
 from accel_train.training.mechanics import mechanics
 from accel_train.training.recorded import RecordedStep, why_not
 
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 _MAX_SKIPPED_IN_A_ROW = 50
 """Overflows of fp16 gradients before the run is given up: by then the loss scale is a 2^50th of what it was."""
+
+_OUR_LOSSES = (next_token_cross_entropy, fused_cross_entropy)
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -179,7 +181,7 @@ class Step:
     def _computes_the_same_every_time(self) -> bool:
         """Whether nothing but tensors decides what a step does: sure of our own model and losses only."""
         model = self._accelerator.unwrap_model(self._model, keep_torch_compile=False)
-        return isinstance(model, TransformerLM) and self._loss_fn in LOSS_OF_TASK.values()
+        return isinstance(model, TransformerLM) and self._loss_fn in _OUR_LOSSES
 
     def _on_device(self, batch: Any) -> tuple[Tensor, Tensor]:
         """All of a step of one micro-step but its schedule: the loss and the gradient norm."""
