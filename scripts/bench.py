@@ -12,7 +12,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -29,7 +28,9 @@ import numpy as np
 import torch
 from bench_gpu import bench_gpu
 from bench_growth import bench_growth
-from bench_loops import bench_memory, bench_overhead, bench_peers, bench_scaling
+from bench_loops import bench_memory, bench_overhead, bench_scaling
+from bench_machine import machine
+from bench_peers import bench_peers
 from bench_text import bench_text
 
 from accel_train.config import CheckpointConfig, GraphConfig, ModelConfig, RulesConfig, TrainingConfig
@@ -359,30 +360,6 @@ BENCHMARKS: dict[str, Callable[[], Figures]] = {
     "text": bench_text,
     "train": bench_train,
 }
-
-
-def machine() -> Figures:
-    """What the figures depend on."""
-    packages = ("torch", "accelerate", "numpy", "transformers")
-    installed = [name for name in packages if importlib.util.find_spec(name) is not None]
-    return {
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in installed},
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 def table(figures: Figures) -> str:

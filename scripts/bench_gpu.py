@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from bench_loops import DEVICE, SEED, BareLoop, InTurns, flops_per_token, new_model, random_dataset, synchronize
+from bench_machine import machine
 
 from accel_train.config import ModelConfig, TrainingConfig
 from accel_train.training.losses import fused_cross_entropy, next_token_cross_entropy
@@ -164,8 +165,34 @@ def table(found: Figures) -> str:
     return "\n".join(lines)
 
 
+def gate(results: Path) -> Figures:
+    """What the one run in ``results`` came to: seconds of its training until the gate passed.
+
+    Raises:
+        SystemExit: there is no finished run, or not one.
+    """
+    found = list(results.glob("walks_*/result.json"))
+    if len(found) != 1:
+        raise SystemExit(f"bench_gpu.py: {results} holds {len(found)} finished runs, not one")
+    record = json.loads(found[0].read_text(encoding="utf-8"))
+    scalars, timing = record["metrics"]["scalars"], record["timing"]
+    passed = record["gate"]["passed"]
+    return {
+        "status": record["status"],
+        "passed": passed,
+        "seconds": timing["seconds"]["training"] if passed else None,
+        "seconds_of": timing["seconds"],
+        "epochs": scalars["epochs_trained"],
+        "rule_compliance": scalars["final_rule_compliance"],
+        "tokens_per_second": timing["tokens_per_second"],
+        "machine": machine(),
+    }
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "table":
         print(table(json.loads(Path(sys.argv[2]).read_text())))
+    elif sys.argv[1] == "gate":
+        print(json.dumps(gate(Path(sys.argv[2]))))
     else:
         print(json.dumps(_child(sys.argv[1], sys.argv[2] == "1")))

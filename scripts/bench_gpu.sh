@@ -24,15 +24,9 @@ echo "== walks_anchor.yaml to its gate"
 timeout 200 "$python" -m accelerate.commands.launch --config_file accelerate_config.yaml scripts/train.py \
     --config examples/walks_anchor.yaml --output_dir "$out/results" --training.log_interval 500 2>&1 |
     tee "$out/anchor.log" || echo "the anchor run ended with ${PIPESTATUS[0]}"
-"$python" - "$out" <<'PY'
-import json, pathlib, sys
+"$python" scripts/bench_gpu.py gate "$out/results" | tee "$out/gpu_gate.json"
 
-for path in pathlib.Path(sys.argv[1], "results").glob("walks_*/result.json"):
-    record = json.loads(path.read_text())
-    scalars, timing = record["metrics"]["scalars"], record["timing"]
-    print(json.dumps({
-        "status": record["status"], "gate": record["gate"]["passed"], "epochs": scalars["epochs_trained"],
-        "rule_compliance": scalars["final_rule_compliance"], "seconds": timing["seconds"],
-        "tokens_per_second": timing["tokens_per_second"],
-    }))
-PY
+cat <<END
+On the machine whose docs/benchmarks.md is to have them:
+    scripts/bench_report.py --take gpu $out/gpu.json; scripts/bench_report.py --take gpu_gate $out/gpu_gate.json
+END

@@ -6,19 +6,14 @@ clipping. They run in turns in one process; what starts a trainer up is not time
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import logging
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +30,6 @@ from accel_train.tasks.deployment import peak_rss_bytes
 from accel_train.training.callbacks import Callback, LoopState
 from accel_train.training.hooks import Hooks
 from accel_train.training.ledger import Ledger
-from accel_train.training.losses import fused_cross_entropy
 from accel_train.training.schedule import cosine_with_warmup, warmup_steps
 from accel_train.training.trainer import Trainer
 
@@ -47,6 +41,7 @@ ANCHOR = ModelConfig()
 TINY = ModelConfig(d_model=16, n_layers=2, n_heads=2, max_seq_len=32)
 TINY_VOCAB = 100
 SEED = 42
+BATCH = 64
 
 
 def random_dataset(samples: int, context: int, vocab_size: int) -> WalkDataset:
@@ -140,12 +135,19 @@ class BareLoop:
 
 
 class InTurns(Callback):
-    """After every block of the trainer's steps runs as many of the other loop; keeps the seconds of both."""
+    """After every block of the trainer's steps runs as many of the other loop; keeps the seconds of both.
 
-    def __init__(self, other: BareLoop, block: int) -> None:
+    Args:
+        other: the other loop.
+        block: steps of a turn.
+        beside: a third contestant, called once in a round.
+    """
+
+    def __init__(self, other: BareLoop, block: int, beside: Callable[[], object] = lambda: None) -> None:
         self.ours: list[float] = []
         self.theirs: list[float] = []
-        self._other, self._block = other, block
+        self.beside: list[float] = []
+        self._other, self._block, self._beside = other, block, beside
         self._began = 0.0
 
     def on_step_end(self, state: LoopState) -> None:
@@ -157,10 +159,22 @@ class InTurns(Callback):
         self._other.run(self._block)
         synchronize()
         now = time.perf_counter()
+        self._beside()
+        synchronize()
         if state.step > self._block:
             self.ours.append(end - self._began)
             self.theirs.append(now - end)
+            self.beside.append(time.perf_counter() - now)
         self._began = time.perf_counter()
+
+
+_SQUARES = [torch.empty(2048, 2048).normal_() for _ in range(3)]
+_MULTIPLIED_FLOPS = 2 * 2048**3
+
+
+def _multiplied() -> None:
+    """One product of two large square matrices, into a third: the rate that the processor can reach."""
+    torch.mm(_SQUARES[0], _SQUARES[1], out=_SQUARES[2])
 
 
 def bench_overhead() -> Figures:
@@ -180,13 +194,19 @@ def _overhead(shape: ModelConfig, vocab_size: int, *, block: int, rounds: int) -
     config = TrainingConfig(max_steps=steps, batch_size=64)
     dataset = random_dataset(steps * config.batch_size, shape.max_seq_len, vocab_size)
     bare = BareLoop(new_model(shape, vocab_size), dataset, config, steps)
-    turns = InTurns(bare, block)
+    turns = InTurns(bare, block, _multiplied)
     model = new_model(shape, vocab_size)
     state = Trainer(model, dataset, config, seed=SEED, callbacks=[turns]).fit()
     ratios = sorted(ours / theirs for ours, theirs in zip(turns.ours, turns.theirs, strict=True))
     ours, theirs = statistics.median(turns.ours), statistics.median(turns.theirs)
+    flops = flops_per_token(shape, vocab_size) * shape.max_seq_len * config.batch_size
+    rate = _MULTIPLIED_FLOPS / statistics.median(turns.beside)
     return {
         "parameters": model.num_parameters,
+        "gigaflops_of_a_step": flops / 1e9,
+        "gigaflops_per_second": flops * block / ours / 1e9,
+        "matrix_product_gigaflops_per_second": rate / 1e9,
+        "fraction_of_matrix_product_rate": flops * block / ours / rate,
         "ratio": ours / theirs,
         "ratio_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
         "step_ms": 1e3 * ours / block,
@@ -230,318 +250,26 @@ def _switched_off(step_ms: float) -> Figures:
     }
 
 
-class PlainGPT(nn.Module):
-    """The anchor model as one writes it in plain PyTorch, after nanoGPT's layout: what users of other loops train.
+# -- scaling and memory --------------------------------------------------------------------------
 
-    Its weights are initialised as :class:`TransformerLM`'s are, and it computes the same logits.
-    """
-
-    def __init__(self, shape: ModelConfig, vocab_size: int) -> None:
-        super().__init__()
-        self.heads = shape.n_heads
-        ours: Any = new_model(shape, vocab_size)
-        self.tokens, self.positions = ours.token_embedding, ours.position_embedding
-        self.blocks: Any = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    "norm1": block.attention_norm,
-                    "qkv": block.attention.qkv,
-                    "output": block.attention.output,
-                    "norm2": block.feed_forward_norm,
-                    "up": block.feed_forward.up,
-                    "gelu": nn.GELU(approximate="tanh"),
-                    "down": block.feed_forward.output,
-                }
-            )
-            for block in ours.blocks
-        )
-        self.norm, self.head = ours.final_norm, ours.head
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits ``(batch, time, vocab)`` of the token after each of ``tokens``, int64 ``(batch, time)``."""
-        batch, time = tokens.shape
-        x = self.tokens(tokens) + self.positions(torch.arange(time, device=tokens.device))
-        for block in self.blocks:
-            q, k, v = block["qkv"](block["norm1"](x)).split(x.shape[2], dim=2)
-            q, k, v = (part.view(batch, time, self.heads, -1).transpose(1, 2) for part in (q, k, v))
-            mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + block["output"](mixed.transpose(1, 2).contiguous().view(x.shape))
-            x = x + block["down"](block["gelu"](block["up"](block["norm2"](x))))
-        logits: torch.Tensor = self.head(self.norm(x))
-        return logits
-
-
-def plain_model() -> nn.Module:
-    """The anchor model in plain PyTorch."""
-    return PlainGPT(ANCHOR, VOCAB)
-
-
-def our_model() -> nn.Module:
-    """The anchor model as this package has it."""
-    return new_model(ANCHOR, VOCAB)
-
-
-# -- peers ---------------------------------------------------------------------------------------
-
-OUR_MODEL = "_our_model"
 WARM_UP = 5
-BATCH = 64
-
-Contestant = Callable[[WalkDataset, int], float]
-"""``run(dataset, steps)`` trains from nothing and returns the seconds of the steps after :data:`WARM_UP`."""
 
 
-class _Clock:
+class _StepClock(Callback):
     """Seconds between the end of step ``WARM_UP`` and the last one."""
 
-    def __init__(self, steps: int) -> None:
-        self._steps, self._done, self._began, self.seconds = steps, 0, 0.0, 0.0
+    def __init__(self) -> None:
+        self._began = self._ended = 0.0
 
-    def step(self) -> None:
-        self._done += 1
-        if self._done == WARM_UP:
-            self._began = time.perf_counter()
-        if self._done == self._steps:
-            self.seconds = time.perf_counter() - self._began
+    @property
+    def seconds(self) -> float:
+        return self._ended - self._began
 
-
-class _StepClock(_Clock, Callback):
     def on_step_end(self, state: LoopState) -> None:
-        self.step()
-
-
-def _ours(dataset: WalkDataset, steps: int) -> float:
-    clock = _StepClock(steps)
-    config = TrainingConfig(max_steps=steps, batch_size=BATCH)
-    Trainer(our_model(), dataset, config, loss_fn=fused_cross_entropy, seed=SEED, callbacks=[clock]).fit()
-    return clock.seconds
-
-
-def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_with_warmup(step, steps // 10, steps))
-
-
-def _adamw(model: nn.Module) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.01, fused=True)
-
-
-def _nanogpt(make_model: Callable[[], nn.Module], dataset: WalkDataset, steps: int) -> float:
-    """As nanoGPT's train.py goes about it (github.com/karpathy/nanoGPT): windows from random places."""
-    clock, model, context = _Clock(steps), make_model(), ANCHOR.max_seq_len
-    optimizer, data = _adamw(model), dataset._chunks.reshape(-1)
-    model.train()
-
-    def get_batch() -> tuple[torch.Tensor, torch.Tensor]:
-        starts = torch.randint(len(data) - context - 1, (BATCH,)).tolist()
-        x = torch.stack([torch.from_numpy(data[i : i + context].astype(np.int64)) for i in starts])
-        y = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + context].astype(np.int64)) for i in starts])
-        return x, y
-
-    x, y = get_batch()
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-4 * cosine_with_warmup(step, steps // 10, steps)
-        logits = model(x)
-        loss = functional.cross_entropy(logits.view(-1, logits.size(-1)), y.view(-1), ignore_index=-1)
-        x, y = get_batch()
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step % 10 == 0:
-            loss.item()
-        clock.step()
-    return clock.seconds
-
-
-class _PyTorchDataset(torch.utils.data.Dataset[Any]):
-    """The same samples one by one, as a user's dataset gives them."""
-
-    def __init__(self, dataset: WalkDataset, as_dict: bool = False) -> None:
-        self._tokens = dataset._chunks.reshape(-1, dataset.context_length + 1)
-        self._as_dict = as_dict
-
-    def __len__(self) -> int:
-        return len(self._tokens)
-
-    def __getitem__(self, index: int) -> Any:
-        tokens = torch.from_numpy(self._tokens[index].astype(np.int64))
-        if self._as_dict:
-            # What is shifted inside the model or its loss.
-            return {"input_ids": tokens[:-1], "labels": tokens[:-1]}
-        return tokens[:-1], tokens[1:]
-
-
-def _minimal_accelerate(dataset: WalkDataset, steps: int) -> float:
-    """The loop of Accelerate's quick tour."""
-    from accelerate import Accelerator  # noqa: PLC0415
-
-    clock, accelerator, model = _Clock(steps), Accelerator(), plain_model()
-    optimizer = _adamw(model)
-    loader = torch.utils.data.DataLoader(_PyTorchDataset(dataset), batch_size=BATCH, shuffle=True, drop_last=True)
-    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, _schedule(optimizer, steps))
-    model.train()
-    for inputs, targets in loader:
-        loss = functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        clock.step()
-        if clock.seconds:
-            break
-    return clock.seconds
-
-
-class _LossInside(nn.Module):
-    """Our model as transformers' Trainer wants it: with the loss in its output."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        logits = self.model(input_ids)
-        return {"loss": functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())}
-
-
-def _transformers(make_model: Callable[[], nn.Module]) -> Contestant:
-    def run(dataset: WalkDataset, steps: int) -> float:
-        from transformers import Trainer as PeerTrainer  # noqa: PLC0415
-        from transformers import TrainerCallback, TrainingArguments, default_data_collator  # noqa: PLC0415
-
-        clock = _Clock(steps)
-
-        class Report(TrainerCallback):
-            def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
-                clock.step()
-
-        with tempfile.TemporaryDirectory() as directory:
-            arguments = TrainingArguments(
-                output_dir=directory, max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=3e-4,
-                weight_decay=0.01, max_grad_norm=1.0, lr_scheduler_type="cosine", warmup_steps=steps // 10,
-                optim="adamw_torch_fused", logging_steps=10, save_strategy="no", report_to=[], disable_tqdm=True,
-                use_cpu=not torch.cuda.is_available(), remove_unused_columns=False,
-            )  # fmt: skip
-            PeerTrainer(
-                model=make_model(),
-                args=arguments,
-                train_dataset=_PyTorchDataset(dataset, as_dict=True),
-                data_collator=default_data_collator,
-                callbacks=[Report()],
-            ).train()
-        return clock.seconds
-
-    return run
-
-
-def _gpt2() -> nn.Module:
-    """The model that transformers itself has of the anchor's shape and number of parameters."""
-    from transformers import GPT2Config, GPT2LMHeadModel  # noqa: PLC0415
-
-    torch.manual_seed(SEED)
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCAB, n_positions=ANCHOR.max_seq_len, n_embd=ANCHOR.d_model, n_layer=ANCHOR.n_layers,
-            n_head=ANCHOR.n_heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None,
-            eos_token_id=None, tie_word_embeddings=False, use_cache=False,
-        )
-    )  # fmt: skip
-
-
-def _lightning(dataset: WalkDataset, steps: int) -> float:
-    import lightning  # noqa: PLC0415
-
-    clock = _Clock(steps)
-
-    class Module(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = plain_model()
-
-        def training_step(self, batch: Any, _index: int) -> torch.Tensor:
-            inputs, targets = batch
-            return functional.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
-
-        def configure_optimizers(self) -> Any:
-            optimizer = _adamw(self.model)
-            return [optimizer], [{"scheduler": _schedule(optimizer, steps), "interval": "step"}]
-
-        def on_train_batch_end(self, *_args: Any) -> None:
-            clock.step()
-
-    loader = torch.utils.data.DataLoader(_PyTorchDataset(dataset), batch_size=BATCH, shuffle=True, drop_last=True)
-    trainer = lightning.Trainer(
-        max_steps=steps, gradient_clip_val=1.0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, log_every_n_steps=10, accelerator="auto", devices=1,
-    )  # fmt: skip
-    trainer.fit(Module(), loader)
-    return clock.seconds
-
-
-def _contestants() -> dict[str, Contestant]:
-    found: dict[str, Contestant] = {
-        "accel_train": _ours,
-        "nanogpt_style": partial(_nanogpt, plain_model),
-        "nanogpt_style_our_model": partial(_nanogpt, our_model),
-        "minimal_accelerate": _minimal_accelerate,
-    }
-    if importlib.util.find_spec("transformers") is not None:
-        found["transformers"] = _transformers(_gpt2)
-        found["transformers_our_model"] = _transformers(lambda: _LossInside(our_model()))
-    if importlib.util.find_spec("lightning") is not None:
-        found["lightning"] = _lightning
-    return found
-
-
-def bench_peers(rounds: int = 5, steps: int = 35) -> Figures:
-    """The anchor model through other trainers, in turns (goals: 1.45 of transformers' Trainer, 1.05 of the fastest)."""
-    contestants = _contestants()
-    dataset = random_dataset(BATCH * steps, ANCHOR.max_seq_len, VOCAB)
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    names = list(contestants)
-    with _quiet():
-        for number in range(rounds):
-            # Another one begins each round: what runs first finds another machine than what runs last.
-            for name in names[number % len(names) :] + names[: number % len(names)]:
-                seconds[name].append(contestants[name](dataset, steps))
-    tokens = BATCH * ANCHOR.max_seq_len * (steps - WARM_UP)
-    rates = {name: tokens / statistics.median(each) for name, each in seconds.items()}
-    # A loop of others around our model is shown, and is no peer.
-    peers = {name: rate for name, rate in rates.items() if name != "accel_train" and not name.endswith(OUR_MODEL)}
-    fastest = max(peers, key=peers.__getitem__)
-    ours = rates["accel_train"]
-    return {
-        "tokens_per_second": rates,
-        "spread": {name: max(each) / min(each) for name, each in seconds.items()},
-        "rounds": rounds,
-        "fastest": fastest,
-        "to_fastest": ours / peers[fastest],
-        "to_fastest_loop_around_our_model": ours / max(r for name, r in rates.items() if name.endswith(OUR_MODEL)),
-        "to_transformers": ours / rates["transformers"] if "transformers" in rates else None,
-        "to_transformers_our_model": ours / rates.get("transformers_our_model", float("nan")),
-        "missing": sorted({"transformers", "lightning"} - set(contestants)),
-    }
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress lines and hints of other trainers."""
-    loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "transformers", "accelerate")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
-# -- scaling and memory --------------------------------------------------------------------------
+        """Read the clock."""
+        self._ended = time.perf_counter()
+        if state.step == WARM_UP:
+            self._began = self._ended
 
 
 def bench_scaling(rounds: int = 3, steps: int = 45) -> Figures:
@@ -617,7 +345,7 @@ def _child(what: str, steps: int, output: Path) -> None:
         else:
             dataset = random_dataset(samples, ANCHOR.max_seq_len, VOCAB)
         if what.startswith("train"):
-            clock = _StepClock(steps)
+            clock = _StepClock()
             state = Trainer(new_model(ANCHOR, VOCAB), dataset, config, seed=SEED, callbacks=[clock]).fit()
             figures = {"seconds": clock.seconds, "losses": state.train_loss}
         elif what == "bare":

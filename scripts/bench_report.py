@@ -34,17 +34,24 @@ class Target:
 
     benchmark: str
     what: str
-    figure: Callable[[Figures], float]
-    goal: float
+    figure: Callable[[Figures], float | None]
+    """None: what was to be measured did not come about."""
+    goal: float | None
+    """None: only reported."""
     at_least: bool = False
 
     def row(self, figures: Figures | None) -> str:
         """The row, with the figure and whether it is met; without figures it says so."""
-        goal = f"{'≥' if self.at_least else '≤'} {self.goal:g}"
+        goal = "report" if self.goal is None else f"{'≥' if self.at_least else '≤'} {self.goal:g}"
         if figures is None:
             return f"| `{self.benchmark}` | {self.what} | {goal} | not measured | | |"
         value = self.figure(figures)
-        met = "yes" if (value >= self.goal if self.at_least else value <= self.goal) else "**no**"
+        if value is None:
+            return f"| `{self.benchmark}` | {self.what} | {goal} | not reached | | {figures['date']} |"
+        if self.goal is None:
+            met = ""
+        else:
+            met = "yes" if (value >= self.goal if self.at_least else value <= self.goal) else "**no**"
         return f"| `{self.benchmark}` | {self.what} | {goal} | {value:.4g} | {met} | {figures['date']} |"
 
 
@@ -71,7 +78,11 @@ TARGETS = (
     Target("gpu", "anchor model: step to the replay of the recorded step alone", lambda f: f["step_to_replay"], 1.05),
     Target("gpu", "124 M GPT-2, bfloat16: model FLOPs utilisation", lambda f: f["gpt2_utilisation"], 0.45, True),
     Target("gpu", "the same: tokens/s to a nanoGPT-style loop", lambda f: f["gpt2_to_nanogpt_style"], 1, True),
+    Target("gpu_gate", "seconds to a passed gate, `walks_anchor.yaml` on a GPU", lambda f: f["seconds"], None),
 )
+
+
+ON_A_GPU = {"gpu", "gpu_gate"}
 
 
 def measure(name: str) -> Figures:
@@ -80,27 +91,73 @@ def measure(name: str) -> Figures:
     done = subprocess.run(line, cwd=ROOT, check=False, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"bench_report.py: the benchmark {name} failed (exit {done.returncode})")
-    return {**json.loads(done.stdout), "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
+    return {**json.loads(done.stdout), "date": _day(time.time())}
+
+
+def _day(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).date().isoformat()
 
 
 def section(found: Mapping[str, Figures]) -> str:
     """What goes between the markers."""
-    machine = max(found.values(), key=lambda figures: str(figures["date"]))["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     rows = [target.row(found.get(target.benchmark)) for target in TARGETS]
     lines = [
-        f"{machine['cores']} cores ({machine['processor'].strip()}), "
-        f"{machine['gpu'] or 'no GPU'}, Python {machine['python']}, {versions}.",
+        *_machines(found),
         "",
         "| benchmark | what | target | measured | met | date |",
         "|---|---|---|---|---|---|",
         *rows,
     ]
-    if "peers" in found:
-        rates = sorted(found["peers"]["tokens_per_second"].items(), key=lambda item: -item[1])
-        lines += ["", "| trainer, anchor model | tokens/s | of the fastest |", "|---|---|---|"]
-        lines += [f"| {name} | {rate:,.0f} | {rate / rates[0][1]:.2f} |" for name, rate in rates]
+    for name, table in (("overhead", _arithmetic), ("peers", _peers), ("growth", _growth)):
+        if name in found:
+            lines += ["", *table(found[name])]
     return "\n".join(lines)
+
+
+def _machines(found: Mapping[str, Figures]) -> list[str]:
+    """What the newest figures come from; those of a GPU may come from another machine than the rest."""
+    lines = []
+    for what, names in (("", found.keys() - ON_A_GPU), ("Rows of a GPU: ", found.keys() & ON_A_GPU)):
+        if names:
+            machine = max((found[name] for name in names), key=lambda figures: str(figures["date"]))["machine"]
+            versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+            lines.append(
+                f"{what}{machine['cores']} cores ({machine['processor'].strip()}), "
+                f"{machine['gpu'] or 'no GPU'}, Python {machine['python']}, {versions}."
+            )
+    return lines
+
+
+def _arithmetic(overhead: Figures) -> list[str]:
+    return [
+        f"A step of the anchor model ({overhead['parameters']:,} parameters, 64 sequences of 64) takes "
+        f"{overhead['gigaflops_of_a_step']:.1f} GFLOP of matrix products and {overhead['step_ms']:.0f} ms: "
+        f"{overhead['gigaflops_per_second']:.0f} GFLOP/s, {overhead['fraction_of_matrix_product_rate']:.2f} of the "
+        f"{overhead['matrix_product_gigaflops_per_second']:.0f} GFLOP/s of a product of 2048 by 2048 matrices "
+        "measured in turns with it.",
+    ]
+
+
+def _peers(peers: Figures) -> list[str]:
+    rates = sorted(peers["tokens_per_second"].items(), key=lambda item: -item[1])
+    lines = ["| trainer, anchor model | tokens/s (median) | ours to it (median of the rounds) |", "|---|---|---|"]
+    ratios = peers["ours_to"]
+    return lines + [
+        f"| {name} | {rate:,.0f} | {f'{ratios[name]:.3f}' if name in ratios else ''} |" for name, rate in rates
+    ]
+
+
+def _growth(growth: Figures) -> list[str]:
+    lines = [
+        "| work | seconds at size 1 | 10 | 100 | the last to 100 times the first | peak memory, MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in (key.removesuffix("_seconds") for key in growth if key.endswith("_seconds")):
+        seconds, memory = growth[f"{name}_seconds"], growth[f"{name}_peak_rss_mb"]
+        times = " | ".join(f"{each:.3g}" for each in seconds)
+        megabytes = ", ".join(f"{each:.0f}" for each in memory)
+        lines.append(f"| {name} | {times} | {seconds[-1] / (100 * seconds[0]):.2f} | {megabytes} |")
+    return lines
 
 
 def write(document: Path, text: str) -> None:
@@ -119,14 +176,27 @@ def write(document: Path, text: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     names = list(dict.fromkeys(target.benchmark for target in TARGETS))
+    runnable = [name for name in names if name != "gpu_gate"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="benchmarks to run")
+    parser.add_argument("--only", nargs="+", choices=runnable, default=runnable, help="benchmarks to run")
+    parser.add_argument(
+        "--take",
+        nargs=2,
+        metavar=("NAME", "FILE"),
+        help="run nothing: take the figures of NAME from FILE, which `bench.py NAME --json` wrote on another machine",
+    )
     parser.add_argument("--document", type=Path, default=DOCUMENT, help="file to write into")
     options = parser.parse_args(arguments)
     store = options.document.with_suffix(".json")
     found: dict[str, Figures] = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
-    for name in options.only:
-        if name == "gpu" and not torch.cuda.is_available():
+    if options.take is not None:
+        name, file = options.take
+        if name not in names:
+            parser.error(f"--take: {name} is none of {', '.join(names)}")
+        found[name] = {**json.loads(Path(file).read_text(encoding="utf-8")), "date": _day(Path(file).stat().st_mtime)}
+        store.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    for name in () if options.take is not None else options.only:
+        if name in ON_A_GPU and not torch.cuda.is_available():
             print("gpu ... no CUDA device here, skipped")
             continue
         print(f"{name} ...", end=" ", flush=True)

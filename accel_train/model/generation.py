@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from accel_train.interrupt import Interrupted
 from accel_train.model.transformer import KVCache, TransformerLM
 
-LARGEST_BATCH = {"cpu": 500, "cuda": 4096}
-"""Sequences at a time where memory allows; on two CPU cores 500 were the fastest of 32 to 1000 (docs/benchmarks.md)."""
+LARGEST_BATCH = {"cpu": 1024, "cuda": 4096}
+"""Sequences at a time where memory allows; on two CPU cores 1000 were the fastest of 125 to 1000 (docs/notes.md)."""
 _CPU_BYTES = 1 << 30
 _PART_OF_GPU_MEMORY = 8
 

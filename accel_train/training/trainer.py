@@ -28,6 +28,7 @@ from accel_train.data.loader import DatasetWithIds, build_loader, count_tokens
 from accel_train.data.resident import resident
 from accel_train.interrupt import Interrupted
 from accel_train.observer import EVALUATION_BEGUN, SILENT, STEP_DONE, Observer
+from accel_train.training.allocator import keep_freed_memory
 from accel_train.training.board import LostPeer, first_line, is_lost_peer
 from accel_train.training.callbacks import Callback, LoopState, overriding
 from accel_train.training.checkpoint import Checkpointer, derive_rank_seed
@@ -252,6 +253,8 @@ class Trainer:
 
     def _start(self) -> None:
         """Warm DDP's buckets up, then load the newest checkpoint or seed a fresh start."""
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         if self.plan.world_size > 1:
             batch = self._batch_of(0, 0)
             warm_up_buckets(self.model, lambda: self._step.throwaway_backward(batch))

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 import bench_gpu  # noqa: E402
 import bench_loops  # noqa: E402
+import bench_peers  # noqa: E402
 
 SHAPE = ModelConfig(d_model=32, n_layers=2, n_heads=2, max_seq_len=16)
 
@@ -104,6 +105,24 @@ def test_the_table_is_complete():
     assert "GPT-2 124 M, model FLOPs utilisation: 0.460" in shown
 
 
+def test_the_run_to_the_gate_is_read_from_its_record(tmp_path):
+    record = {
+        "status": "completed",
+        "gate": {"passed": True},
+        "metrics": {"scalars": {"epochs_trained": 3, "final_rule_compliance": 0.99}},
+        "timing": {"seconds": {"training": 250.0}, "tokens_per_second": 1e6},
+    }
+    run = tmp_path / "walks_x"
+    run.mkdir()
+    (run / "result.json").write_text(json.dumps(record))
+    found = bench_gpu.gate(tmp_path)
+    assert (found["seconds"], found["passed"], found["machine"]["gpu"]) == (250.0, True, bench_gpu.machine()["gpu"])
+    (run / "result.json").write_text(json.dumps({**record, "gate": {"passed": False}}))
+    assert bench_gpu.gate(tmp_path)["seconds"] is None
+    with pytest.raises(SystemExit, match="holds 0 finished runs"):
+        bench_gpu.gate(tmp_path / "nowhere")
+
+
 def test_without_a_gpu_it_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is one")
@@ -111,8 +130,59 @@ def test_without_a_gpu_it_says_so():
         bench_gpu.bench_gpu()
 
 
+def test_contestants_train_in_turns(monkeypatch, tmp_path):
+    """Real processes: one block each, one at a time, another first in every round; both stay to the end."""
+    log = tmp_path / "log"
+    contestant = tmp_path / "contestant.py"
+    contestant.write_text(
+        f"""
+import sys, time
+sys.path[:0] = [{str(ROOT / "scripts")!r}, {str(ROOT)!r}]
+import bench_peers
+
+name, steps, block = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+turns = bench_peers.Turns(steps, block, sys.stdin, sys.stdout)
+with open({str(log)!r}, "ab", buffering=0) as log:
+    while not turns.over:
+        time.sleep(0.01 if name == "fast" else 0.03)
+        log.write(name[0].encode())
+        turns.step()
+"""
+    )
+    monkeypatch.setattr(bench_peers, "__file__", str(contestant))
+    seconds = bench_peers.in_turns(["fast", "slow"], rounds=3, block=2)
+    assert log.read_text()[4:] == "ffss" + "ssff" + "ffss"
+    assert [len(each) for each in seconds.values()] == [3, 3]
+    assert all(a >= 0.02 and b >= 0.06 for a, b in zip(*seconds.values(), strict=True))
+
+
+def test_a_contestant_that_fails_ends_it_with_what_it_said(monkeypatch, tmp_path):
+    contestant = tmp_path / "contestant.py"
+    contestant.write_text("raise SystemExit('no such optimizer')")
+    monkeypatch.setattr(bench_peers, "__file__", str(contestant))
+    with pytest.raises(RuntimeError, match=r"(?s)fast ended \(exit 1\).*no such optimizer"):
+        bench_peers.in_turns(["fast"], rounds=1, block=1)
+
+
+def test_peers_are_compared_round_by_round(monkeypatch):
+    """The machine is half as fast in the second round and no slower peer for it."""
+    seconds = {
+        "accel_train": [1.0, 2.0, 1.0],
+        "nanogpt_style": [1.1, 2.2, 1.1],
+        "nanogpt_style_our_model": [1.02, 2.04, 1.02],
+        "transformers": [1.5, 3.0, 1.5],
+    }
+    monkeypatch.setattr(bench_peers, "in_turns", lambda *_: seconds)
+    found = bench_peers.bench_peers()
+    assert found["fastest"] == "nanogpt_style"
+    assert found["to_fastest"] == pytest.approx(1.1)
+    assert found["to_transformers"] == pytest.approx(1.5)
+    assert found["to_fastest_loop_around_our_model"] == pytest.approx(1.02)
+    assert found["missing"] == ["lightning"]
+
+
 def test_the_model_that_peers_train_is_ours_in_plain_pytorch():
-    plain, ours = bench_loops.plain_model(), bench_loops.our_model()
+    plain, ours = bench_peers.plain_model(), bench_peers.our_model()
     tokens = torch.randint(bench_loops.VOCAB, (2, 64))
     torch.testing.assert_close(plain(tokens), ours(tokens), atol=1e-5, rtol=1e-5)
     assert sum(p.numel() for p in plain.parameters()) == ours.num_parameters

@@ -36,11 +36,12 @@ def test_a_row_says_whether_its_target_is_met(ratio, verdict):
 
 @pytest.mark.parametrize(("to_fastest", "verdict"), [(1.05, "yes"), (1.04, "**no**")])
 def test_some_targets_are_lower_bounds(to_fastest, verdict):
-    peers = figures(to_fastest=to_fastest, to_transformers=2.0, tokens_per_second={"accel_train": 2.0, "other": 1.0})
+    rates = {"accel_train": 2.0, "other": 1.0}
+    peers = figures(to_fastest=to_fastest, to_transformers=2.0, tokens_per_second=rates, ours_to={"other": 2.1})
     table = bench_report.section({"peers": peers})
     (row,) = [line for line in table.splitlines() if "to the fastest peer" in line]
     assert f"| ≥ 1.05 | {to_fastest:g} | {verdict} |" in row
-    assert "| other | 1 | 0.50 |" in table
+    assert "| other | 1 | 2.100 |" in table
 
 
 def test_what_was_not_measured_says_so():
@@ -61,6 +62,48 @@ def test_only_what_stands_between_the_markers_is_replaced_and_earlier_figures_st
     assert "| 1.1 | yes |" in content
     assert "| 1.07 | yes |" in content
     assert set(json.loads(document.with_suffix(".json").read_text())) == {"memory", "resume"}
+
+
+def test_growth_is_shown_by_size():
+    sizes = figures(ratio=0.5, corpus_seconds=[0.1, 1.0, 5.0], corpus_peak_rss_mb=[300, 310.4, 400])
+    assert "| corpus | 0.1 | 1 | 5 | 0.50 | 300, 310, 400 |" in bench_report.section({"growth": sizes})
+
+
+def test_the_arithmetic_of_a_step_is_shown():
+    overhead = figures(
+        ratio=1.0,
+        small_ratio=1.0,
+        loss_recording_percent_of_step=0.0,
+        callbacks_and_hooks_off_percent_of_step=0.0,
+        parameters=928_000,
+        gigaflops_of_a_step=24.5,
+        step_ms=300.4,
+        gigaflops_per_second=81.6,
+        fraction_of_matrix_product_rate=0.63,
+        matrix_product_gigaflops_per_second=129.5,
+    )
+    assert "300 ms: 82 GFLOP/s, 0.63 of the 130 GFLOP/s" in bench_report.section({"overhead": overhead})
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(250.0, "| report | 250 | | "), (None, "| report | not reached | | ")])
+def test_figures_of_another_machine_are_taken_with_its_name(seconds, shown, tmp_path):
+    document = tmp_path / "doc.md"
+    document.write_text(f"{bench_report.BEGIN}\n{bench_report.END}\n")
+    document.with_suffix(".json").write_text(json.dumps({"memory": figures(ratio=1.07)}))
+    elsewhere = tmp_path / "gpu_gate.json"
+    elsewhere.write_text(json.dumps({"seconds": seconds, "machine": {**MACHINE, "gpu": "a GPU", "cores": 16}}))
+    bench_report.main(["--take", "gpu_gate", str(elsewhere), "--document", str(document)])
+    content = document.read_text()
+    (row,) = [line for line in content.splitlines() if line.startswith("| `gpu_gate`")]
+    assert shown in row.replace("|  |", "| | ")
+    assert "2 cores (a processor), no GPU" in content
+    assert "Rows of a GPU: 16 cores (a processor), a GPU" in content
+
+
+def test_figures_of_an_unknown_benchmark_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        bench_report.main(["--take", "gpus", str(tmp_path / "x"), "--document", str(tmp_path / "doc.md")])
+    assert "gpus is none of overhead, peers" in capsys.readouterr().err
 
 
 def test_a_document_without_markers_is_left_alone(tmp_path):

@@ -4,6 +4,7 @@ from torch import nn
 
 from accel_train.config import ModelConfig
 from accel_train.interrupt import Interrupted
+from accel_train.model import transformer
 from accel_train.model.generation import _PlainLogits, _sample, _Sampling, default_batch, generate, stream
 from accel_train.model.transformer import TransformerLM
 
@@ -56,9 +57,24 @@ class TestGreedy:
     @pytest.mark.parametrize("length", [CONTEXT, CONTEXT + 1, 3 * CONTEXT])
     def test_cached_and_cache_free_outputs_agree(self, positions, length):
         model, prompts = tiny(positions), some_prompts()
+        assert len(prompts) * model.config.n_heads < transformer._MANY_SINGLE_QUERIES
         cached, plain = generate(model, prompts, length), generate(CacheFree(model), prompts, length)
         assert len(torch.unique(cached, dim=0)) > 3
         assert torch.equal(cached, plain)
+
+    @pytest.mark.parametrize("positions", ["learned", "rotary"])
+    def test_so_do_those_of_many_sequences(self, positions, monkeypatch):
+        """Their attention takes another way on a CPU: its logits are those of the kernel to the last digits."""
+        model, prompts = tiny(positions), some_prompts(num=600)
+        assert len(prompts) * model.config.n_heads >= transformer._MANY_SINGLE_QUERIES
+        many = generate(model, prompts, 3 * CONTEXT)
+        assert len(torch.unique(many, dim=0)) > 100
+        cache = model.new_cache(len(prompts), CONTEXT)
+        model.extend(many[:, :5], cache)
+        logits = model.extend(many[:, 5:6], cache)
+        torch.testing.assert_close(logits, model(many[:, :6])[:, -1], atol=1e-10, rtol=1e-10)
+        monkeypatch.setattr(transformer, "_MANY_SINGLE_QUERIES", 1 << 30)
+        assert torch.equal(many, generate(model, prompts, 3 * CONTEXT))
 
     def test_every_token_is_the_most_likely_one(self):
         model = tiny()
@@ -96,8 +112,8 @@ class TestGreedy:
 
 class TestDefaultBatch:
     def test_is_the_fastest_where_memory_allows(self):
-        assert default_batch(tiny(), 9, CPU) == 500
-        assert default_batch(Bigram(torch.zeros(3, 3)), 9, CPU) == 500
+        assert default_batch(tiny(), 9, CPU) == 1024
+        assert default_batch(Bigram(torch.zeros(3, 3)), 9, CPU) == 1024
 
     def test_is_smaller_where_keys_and_values_would_take_more_than_a_gibibyte(self):
         config = ModelConfig(d_model=256, n_layers=8, n_heads=2, max_seq_len=1024)
