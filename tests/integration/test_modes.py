@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import TINY, outcome, record, write_config
 from texts import TINY_TEXT
 from warm import fork
 
+from accel_train.config import ModelConfig
+from accel_train.model import gelu, transformer
+
 HOOKS = {"hooks": {"update": ["killing:at_step"]}}
 ACCUMULATION = {"training": {"gradient_accumulation_steps": 2}}
 BF16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
 
+WIDE: dict[str, Any] = {
+    "model": {"d_model": 96, "n_heads": 4, "max_seq_len": 64},
+    "walks": {"num_walks": 488, "walk_length": 65},
+    "training": {"batch_size": 24},
+    "gate": {"num_sequences": 300},
+}
+"""As many steps, and tensors so large that GELU and cached attention take the ways that pay from some size on."""
 COMPILED = {"ACCELERATE_DYNAMO_BACKEND": "inductor"}
 
 
@@ -22,6 +33,8 @@ COMPILED = {"ACCELERATE_DYNAMO_BACKEND": "inductor"}
         pytest.param({}, 1, BF16, id="bf16-1"),
         pytest.param({}, 2, BF16, id="bf16-2", marks=pytest.mark.slow),
         pytest.param(ACCUMULATION, 3, BF16, id="bf16-accumulation-3", marks=pytest.mark.slow),
+        pytest.param(WIDE, 1, {}, id="wide-1"),
+        pytest.param(WIDE, 2, {}, id="wide-2", marks=pytest.mark.slow),
         pytest.param(ACCUMULATION, 1, {}, id="accumulation-1", marks=pytest.mark.slow),
         pytest.param(ACCUMULATION, 3, {}, id="accumulation-3", marks=pytest.mark.slow),
         pytest.param({}, 1, COMPILED, id="compiled-1", marks=pytest.mark.slow),
@@ -45,6 +58,13 @@ def test_sigkill_changes_no_bit(tmp_path: Path, mode: dict, world: int, environm
     fork(configs["b"], world, **environment)
     assert outcome(tmp_path / "b") == outcome(tmp_path / "a")
     assert record(tmp_path / "b")["provenance"]["resumes"]
+
+
+def test_wide_is_wide_enough() -> None:
+    model = ModelConfig(**{**TINY["model"], **WIDE["model"]})
+    rows = WIDE["training"]["batch_size"] // 2 * model.max_seq_len
+    assert rows * model.feed_forward_width >= gelu._WORTH_IT
+    assert WIDE["gate"]["num_sequences"] * model.n_heads >= transformer._MANY_SINGLE_QUERIES
 
 
 def test_the_mode_was_in_force(tmp_path: Path) -> None:
