@@ -5,12 +5,14 @@ before the first token: a sequence does not depend on how the work is cut into b
 training's random state is never touched. The price is inverse-CDF sampling, one cumulative
 sum over the vocabulary per token.
 
-Inside the context a token costs one step of the cache. Past it, the window is cut back to
-its last half and read again; positions restart there, as learned positions require.
+Inside the context a token costs one step of the cache, on a GPU the replay of a recorded one. Past it,
+the window is cut back to its last half and read again; positions restart there, as learned positions
+require.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,13 +20,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from accel_train.cuda_graph import capture
 from accel_train.interrupt import Interrupted
-from accel_train.model.transformer import KVCache, TransformerLM
+from accel_train.model.transformer import KVCache, StaticCache, TransformerLM
+
+log = logging.getLogger(__name__)
 
 LARGEST_BATCH = {"cpu": 1024, "cuda": 4096}
 """Sequences at a time where memory allows; on two CPU cores 1000 were the fastest of 125 to 1000 (docs/notes.md)."""
 _CPU_BYTES = 1 << 30
 _PART_OF_GPU_MEMORY = 8
+_WORTH_RECORDING = 16
+"""Tokens to come."""
 
 
 def generate(
@@ -226,13 +233,59 @@ class _CachedLogits:
         self.context = model.config.max_seq_len
         self.start = 0
         self.cache: KVCache | None = None
+        self._recorded: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, position: int) -> Tensor:
         start = _window(self.start, position, self.context)
-        if self.cache is None or start != self.start:
-            capacity = min(self.rows.shape[1] - start, self.context)
-            self.cache, self.start = self.model.new_cache(len(self.rows), capacity), start
-        return self.model.extend(self.rows[:, start + self.cache.length : position], self.cache)
+        if self.cache is None:
+            self.cache = self._new_cache(position)
+        elif start != self.start:
+            self.cache.length = 0  # what is in it is written over
+        self.start = start
+        tokens = self.rows[:, start + self.cache.length : position]
+        if tokens.shape[1] > 1 or not isinstance(self.cache, StaticCache):
+            return self.model.extend(tokens, self.cache)
+        if self._recorded is None:
+            self._recorded = _recorded(self.model, self.cache)
+        return self._recorded(tokens)
+
+    def _new_cache(self, position: int) -> KVCache:
+        batch, length = self.rows.shape
+        kind = StaticCache if _worth_recording(self.rows.device, length - position) else KVCache
+        weight = self.model.token_embedding.weight.detach()
+        return kind(self.model.config, batch, min(length, self.context), like=weight)
+
+
+def _worth_recording(device: torch.device, tokens_to_come: int) -> bool:
+    """On a GPU a token is some twenty launches a block, and a recording takes the time of a few tokens."""
+    return device.type == "cuda" and tokens_to_come >= _WORTH_RECORDING
+
+
+def _recorded(model: TransformerLM, cache: StaticCache) -> Callable[[Tensor], Tensor]:
+    try:
+        return _RecordedExtension(model, cache)
+    except RuntimeError as error:
+        log.warning("tokens are generated kernel by kernel, since a token cannot be recorded: %s", error)
+        return lambda tokens: model.extend(tokens, cache)
+
+
+class _RecordedExtension:
+    """One more token for every cached sequence, as a CUDA graph."""
+
+    def __init__(self, model: TransformerLM, cache: StaticCache) -> None:
+        self._cache = cache
+        self._tokens = torch.zeros(len(cache.keys[0]), 1, dtype=torch.int64, device=cache.position.device)
+        # What the passes before the recording write lies where the first token goes.
+        cache.position.fill_(cache.length)
+        self._logits, self._replay = capture(lambda: model.one_more(self._tokens, cache), cache.position.device)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits ``(batch, vocab)``, overwritten by the next call."""
+        self._tokens.copy_(tokens)
+        self._cache.position.fill_(self._cache.length)
+        self._replay()
+        self._cache.length += 1
+        return self._logits
 
 
 class _PlainLogits:

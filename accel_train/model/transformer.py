@@ -9,6 +9,8 @@ rotary angles are computed anew each time, which costs microseconds.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, overload
 
 import torch
@@ -44,6 +46,44 @@ class KVCache:
         self.keys[layer][:, :, self.length : end] = key
         self.values[layer][:, :, self.length : end] = value
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+class StaticCache(KVCache):
+    """A cache to which one token is added by the same kernels every time, so that they can be recorded as a graph.
+
+    Where the token goes is a number on the device, ``position`` (int64, one element).
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, capacity: int, like: Tensor) -> None:
+        super().__init__(config, batch, capacity, like)
+        for stored in (*self.keys, *self.values):
+            stored.zero_()  # what is not seen yet is multiplied by zero, which it must allow
+        self.position = torch.zeros(1, dtype=torch.int64, device=like.device)
+        self._places = torch.arange(capacity, device=like.device)
+        self._adding = False
+
+    @property
+    def seen(self) -> Tensor | None:
+        """Bool ``(1, capacity)``: the places that a token which is being added may look at; None otherwise."""
+        return (self._places <= self.position).unsqueeze(0) if self._adding else None
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """As for any cache; while a token is being added, return all places, seen or not."""
+        if not self._adding:
+            return super().append(layer, key, value)
+        here = (self._places == self.position).view(-1, 1)
+        for stored, new in ((self.keys[layer], key), (self.values[layer], value)):
+            torch.where(here, new, stored, out=stored)
+        return self.keys[layer], self.values[layer]
+
+    @contextmanager
+    def adding(self) -> Iterator[None]:
+        """In here one token is added at ``position``, whatever ``length`` says."""
+        self._adding = True
+        try:
+            yield
+        finally:
+            self._adding = False
 
 
 class Recorder:
@@ -135,10 +175,11 @@ class Attention(nn.Module):
         causal = False
         if time > 1:
             causal = True
-        elif cache is not None and x.device.type == "cpu" and batch * self.n_heads >= _MANY_SINGLE_QUERIES:
+        elif type(cache) is KVCache and x.device.type == "cpu" and batch * self.n_heads >= _MANY_SINGLE_QUERIES:
             mixed = _single_query_attention(query, key, value)
             return self.output(mixed.reshape(batch, time, width))  # type: ignore[no-any-return]
-        mixed = functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=causal)
+        seen = cache.seen if isinstance(cache, StaticCache) else None
+        mixed = functional.scaled_dot_product_attention(query, key, value, seen, dropout_p=dropout, is_causal=causal)
         mixed = mixed.transpose(1, 2).reshape(batch, time, width)
         return self.output(mixed)  # type: ignore[no-any-return]
 
@@ -275,6 +316,21 @@ class TransformerLM(nn.Module):
         cache.length += tokens.shape[1]
         return self._logits(x[:, -1])
 
+    def one_more(self, tokens: Tensor, cache: StaticCache) -> Tensor:
+        """What :meth:`extend` computes for one token, at ``cache.position`` instead of the end of the cache.
+
+        Asks the device nothing and leaves ``cache.length`` alone, so that it can be recorded. Without gradients only.
+
+        Args:
+            tokens: int64 ``(batch, 1)``.
+            cache: its keys and values are updated.
+
+        Returns:
+            Logits ``(batch, vocab)`` of the token after it.
+        """
+        with cache.adding():
+            return self._logits(self._stream(tokens, cache=cache)[:, -1])
+
     def _stream(self, tokens: Tensor, recorder: Recorder | None = None, cache: KVCache | None = None) -> Tensor:
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
@@ -283,8 +339,16 @@ class TransformerLM(nn.Module):
             raise ValueError(f"{end} tokens do not fit into the context of {context} (model.max_seq_len)")
         x = self.token_embedding(tokens)
         angles = None
-        if self.position_embedding is None:
-            angles = rotary_angles(start, end, self.config.d_model // self.config.n_heads, like=x)
+        head_width = self.config.d_model // self.config.n_heads
+        if isinstance(cache, StaticCache) and cache.seen is not None:
+            # Which one is not known here, only on the device.
+            if self.position_embedding is None:
+                cos, sin = rotary_angles(0, context, head_width, like=x)
+                angles = cos[cache.position], sin[cache.position]
+            else:
+                x = x + self.position_embedding(cache.position)
+        elif self.position_embedding is None:
+            angles = rotary_angles(start, end, head_width, like=x)
         else:
             x = x + self.position_embedding.weight[start:end]
         x = self.dropout(x)

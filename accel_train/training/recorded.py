@@ -16,10 +16,8 @@ from accelerate import Accelerator
 from accelerate.utils import recursively_apply
 from torch import Tensor
 
+from accel_train.cuda_graph import capture
 from accel_train.training.runtime import preserved_random_state
-
-_WARM_UP_PASSES = 3
-"""Before a recording, outside of it: lazy kernels, workspaces and the optimizer's state come to be."""
 
 Outputs = tuple[Tensor, Tensor]
 Step = Callable[[Any], Outputs]
@@ -61,22 +59,6 @@ class RecordedStep:
             place.copy_(given, non_blocking=True)
         self._replay()
         return self._outputs
-
-
-def capture(work: Callable[[], Outputs], device: torch.device) -> tuple[Outputs, Callable[[], None]]:
-    """Record ``work`` as a CUDA graph; returns where its results will be, and what runs it."""
-    aside: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    here = torch.cuda.current_stream(device)
-    aside.wait_stream(here)
-    with torch.cuda.stream(aside):
-        for _ in range(_WARM_UP_PASSES):
-            work()
-    here.wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    # Watched in this thread alone: those that load data and write checkpoints may go on meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        outputs = work()
-    return outputs, graph.replay
 
 
 def why_not(accelerator: Accelerator, *, hooks: bool) -> str | None:

@@ -4,7 +4,7 @@ from torch import nn
 
 from accel_train.config import ModelConfig
 from accel_train.interrupt import Interrupted
-from accel_train.model import transformer
+from accel_train.model import generation, transformer
 from accel_train.model.generation import _PlainLogits, _sample, _Sampling, default_batch, generate, stream
 from accel_train.model.transformer import TransformerLM
 
@@ -75,6 +75,69 @@ class TestGreedy:
         torch.testing.assert_close(logits, model(many[:, :6])[:, -1], atol=1e-10, rtol=1e-10)
         monkeypatch.setattr(transformer, "_MANY_SINGLE_QUERIES", 1 << 30)
         assert torch.equal(many, generate(model, prompts, 3 * CONTEXT))
+
+    @pytest.mark.parametrize("positions", ["learned", "rotary"])
+    @pytest.mark.parametrize("length", [CONTEXT, 3 * CONTEXT])
+    @pytest.mark.parametrize("batch_size", [6, 4], ids=["one chunk", "two chunks"])
+    def test_so_do_recorded_ones(self, positions, length, batch_size, monkeypatch):
+        """As on a GPU, with a stand-in for the graph that runs the same work again into the same place."""
+        counted = {"recorded": 0, "replayed": 0}
+
+        def capture(work, device):
+            for _ in range(3):
+                work()
+            counted["recorded"] += 1
+            outputs = work()
+
+            def replay():
+                counted["replayed"] += 1
+                outputs.copy_(work())
+
+            return outputs, replay
+
+        model, prompts = tiny(positions), some_prompts()
+        expected = generate(model, prompts, length)
+        monkeypatch.setattr(generation, "_worth_recording", lambda *_: True)
+        monkeypatch.setattr(generation, "capture", capture)
+        found = generate(model, prompts, length, batch_size=batch_size)
+        assert torch.equal(found, expected)
+        chunks = 6 // batch_size + (6 % batch_size > 0)
+        prefills = 1 + len(range(CONTEXT + 1, length, CONTEXT // 2 + 1))
+        assert counted == {"recorded": chunks, "replayed": chunks * (length - 3 - prefills)}
+
+    def test_what_cannot_be_recorded_is_launched(self, monkeypatch, caplog):
+        def capture(work, device):
+            work()
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        model, prompts = tiny(), some_prompts()
+        expected = generate(model, prompts, 3 * CONTEXT)
+        monkeypatch.setattr(generation, "_worth_recording", lambda *_: True)
+        monkeypatch.setattr(generation, "capture", capture)
+        assert torch.equal(generate(model, prompts, 3 * CONTEXT), expected)
+        assert [record.getMessage() for record in caplog.records] == [
+            "tokens are generated kernel by kernel, since a token cannot be recorded: "
+            "operation not permitted when stream is capturing"
+        ]
+
+    def test_a_recorded_token_has_the_logits_of_any_other(self):
+        model, tokens = tiny("rotary"), some_prompts(length=7)
+        usual = model.new_cache(6, CONTEXT)
+        static = transformer.StaticCache(model.config, 6, CONTEXT, model.token_embedding.weight.detach())
+        model.extend(tokens[:, :6], usual)
+        model.extend(tokens[:, :6], static)
+        static.position.fill_(6)
+        with torch.no_grad():
+            for _ in range(2):  # once more changes nothing: the length is where it was
+                logits = model.one_more(tokens[:, 6:], static)
+        torch.testing.assert_close(logits, model.extend(tokens[:, 6:], usual), atol=1e-10, rtol=1e-10)
+        assert static.length == 6
+
+    @pytest.mark.parametrize(
+        ("device", "to_come", "worth"), [("cuda", 16, True), ("cuda", 15, False), ("cpu", 99, False)]
+    )
+    def test_recording_has_to_pay(self, device, to_come, worth):
+        assert generation._worth_recording(torch.device(device), to_come) is worth
 
     def test_every_token_is_the_most_likely_one(self):
         model = tiny()
