@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found[name] = measure(name)
         print(f"{time.perf_counter() - began:.0f} s", flush=True)
         store.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    text = section(found)
+    text = section(json.loads(store.read_text(encoding="utf-8")))  # as it will be read again: names in order
     print("\n" + text)
     write(options.document, text)
 
