@@ -7,6 +7,7 @@ moves by a third within minutes is the same for all of them.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -273,9 +274,9 @@ def _gpt2() -> nn.Module:
 
 
 def _lightning(dataset: WalkDataset, turns: Turns) -> None:
-    import lightning  # noqa: PLC0415
+    lightning: Any = importlib.import_module("lightning")
 
-    class Module(lightning.LightningModule):
+    class Module(lightning.LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.model = plain_model()
