@@ -38,13 +38,9 @@ def _spoil_parameter(model: nn.Module) -> None:
 
 
 def _spoil_loss(model: nn.Module) -> None:
-    """From the next step on no token but the first is possible: the loss is infinite, this rank's gradients are not."""
+    """From the next step on the loss, which the model itself returns, is infinite; this rank's gradients are not."""
 
-    def only_the_first(module, _inputs, logits):
-        if not module.training:
-            return logits
-        logits = logits.clone()
-        logits[..., 1:] = -math.inf
-        return logits
+    def infinite(module, _inputs, loss):
+        return loss + math.inf if module.training else loss
 
-    model.register_forward_hook(only_the_first)
+    model.register_forward_hook(infinite)
