@@ -20,7 +20,7 @@ train: setup ## train the quick walk run to a passed gate, on whatever device th
 test: setup ## run every test but the slow lanes
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
-slow: setup ## run what takes too long for every change, faults aside (75 s on two cores)
+slow: setup ## run what takes too long for every change, faults aside (four minutes on two cores)
 	$(BIN)/pytest tests/integration -n 2 --dist worksteal -m "slow and not gpu"
 
 FAULTS_ELSEWHERE := test_net test_slurm test_storm

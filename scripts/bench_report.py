@@ -98,6 +98,23 @@ def _day(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).date().isoformat()
 
 
+def _taken(name: str, file: Path) -> Figures:
+    """The figures of a benchmark from ``file``, if the table can be made of them.
+
+    Raises:
+        SystemExit: there is no such file, or it holds something else.
+    """
+    try:
+        figures = {**json.loads(file.read_text(encoding="utf-8")), "date": _day(file.stat().st_mtime)}
+        section({name: figures})
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise SystemExit(
+            f"bench_report.py: {file} does not hold the figures of {name} ({type(error).__name__}: {error}); "
+            f"nothing was changed. Give the file that `bench.py {name} --json` wrote"
+        ) from error
+    return figures
+
+
 def section(found: Mapping[str, Figures]) -> str:
     """What goes between the markers."""
     rows = [target.row(found.get(target.benchmark)) for target in TARGETS]
@@ -193,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name, file = options.take
         if name not in names:
             parser.error(f"--take: {name} is none of {', '.join(names)}")
-        found[name] = {**json.loads(Path(file).read_text(encoding="utf-8")), "date": _day(Path(file).stat().st_mtime)}
+        found[name] = _taken(name, Path(file))
         store.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     for name in () if options.take is not None else options.only:
         if name in ON_A_GPU and not torch.cuda.is_available():

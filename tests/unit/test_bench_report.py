@@ -100,6 +100,20 @@ def test_figures_of_another_machine_are_taken_with_its_name(seconds, shown, tmp_
     assert "Rows of a GPU: 16 cores (a processor), a GPU" in content
 
 
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"seconds": 1.0}'])
+def test_a_file_without_the_figures_changes_nothing(content, tmp_path):
+    document = tmp_path / "doc.md"
+    document.write_text(f"{bench_report.BEGIN}\n{bench_report.END}\n")
+    stored = json.dumps({"memory": figures(ratio=1.07)})
+    document.with_suffix(".json").write_text(stored)
+    elsewhere = tmp_path / "found.json"
+    if content is not None:
+        elsewhere.write_text(content)
+    with pytest.raises(SystemExit, match="does not hold the figures of gpu_gate"):
+        bench_report.main(["--take", "gpu_gate", str(elsewhere), "--document", str(document)])
+    assert document.with_suffix(".json").read_text() == stored
+
+
 def test_figures_of_an_unknown_benchmark_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         bench_report.main(["--take", "gpus", str(tmp_path / "x"), "--document", str(tmp_path / "doc.md")])
