@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from accel_train.config import ModelConfig
+from accel_train.model.attention import Angles, causal_attention, keeping_weights_pays
 from accel_train.model.cross_entropy import linear_cross_entropy
 from accel_train.model.dropout import Dropout
 from accel_train.model.extraction import Extraction, ExtractionMode
@@ -119,7 +120,7 @@ class Recorder:
         return Extraction(logits, tuple(self.scores), tuple(self.weights), tuple(self.values), tuple(self.residual))
 
 
-def rotary_angles(start: int, end: int, head_width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_angles(start: int, end: int, head_width: int, like: Tensor) -> Angles:
     """Cosine and sine of the rotation of positions ``start`` to ``end``, ``(time, head_width)`` each."""
     exponents = torch.arange(0, head_width, 2, device=like.device, dtype=torch.float32) / head_width
     positions = torch.arange(start, end, device=like.device, dtype=torch.float32)
@@ -130,6 +131,14 @@ def rotary_angles(start: int, end: int, head_width: int, like: Tensor) -> tuple[
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _heads(packed: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values ``(batch, heads, time, head_width)`` of ``(batch, time, 3, heads, head_width)``."""
+    query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
+    if angles is not None:
+        query, key = _rotate(query, *angles), _rotate(key, *angles)
+    return query, key, value
 
 
 _MANY_SINGLE_QUERIES = 1024
@@ -156,20 +165,21 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        angles: tuple[Tensor, Tensor] | None,
+        angles: Angles | None,
         recorder: Recorder | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Map ``(batch, time, d_model)`` to the same shape."""
         batch, time, width = x.shape
-        query, key, value = self.qkv(x).view(batch, time, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        if angles is not None:
-            query, key = _rotate(query, *angles), _rotate(key, *angles)
+        packed = self.qkv(x).view(batch, time, 3, self.n_heads, -1)
         if recorder is not None:
-            recorder.attention(query, key, value)
+            recorder.attention(*_heads(packed, angles))
+        dropout = self.dropout if self.training else 0.0
+        if cache is None and not dropout and keeping_weights_pays(packed):
+            return self.output(causal_attention(packed, angles))  # type: ignore[no-any-return]
+        query, key, value = _heads(packed, angles)
         if cache is not None:
             key, value = cache.append(self.layer, key, value)
-        dropout = self.dropout if self.training else 0.0
         # A single query may look at every cached key; a prefill starts from an empty cache.
         # A branch, not an expression: to the compiler the length may be a variable, and attention wants a plain bool.
         causal = False
@@ -211,7 +221,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        angles: tuple[Tensor, Tensor] | None,
+        angles: Angles | None,
         recorder: Recorder | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:

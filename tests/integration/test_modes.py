@@ -11,19 +11,19 @@ from texts import TINY_TEXT
 from warm import fork
 
 from accel_train.config import ModelConfig
-from accel_train.model import gelu, transformer
+from accel_train.model import attention, gelu, transformer
 
 HOOKS = {"hooks": {"update": ["killing:at_step"]}}
 ACCUMULATION = {"training": {"gradient_accumulation_steps": 2}}
 BF16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
 
 WIDE: dict[str, Any] = {
-    "model": {"d_model": 96, "n_heads": 4, "max_seq_len": 64},
+    "model": {"d_model": 96, "n_heads": 6, "max_seq_len": 64},
     "walks": {"num_walks": 488, "walk_length": 65},
     "training": {"batch_size": 24},
     "gate": {"num_sequences": 300},
 }
-"""As many steps, and tensors so large that GELU and cached attention take the ways that pay from some size on."""
+"""As many steps, and tensors so large that GELU and attention take the ways that pay from some size on."""
 COMPILED = {"ACCELERATE_DYNAMO_BACKEND": "inductor"}
 
 
@@ -62,8 +62,9 @@ def test_sigkill_changes_no_bit(tmp_path: Path, mode: dict, world: int, environm
 
 def test_wide_is_wide_enough() -> None:
     model = ModelConfig(**{**TINY["model"], **WIDE["model"]})
-    rows = WIDE["training"]["batch_size"] // 2 * model.max_seq_len
-    assert rows * model.feed_forward_width >= gelu._WORTH_IT
+    batch, context = WIDE["training"]["batch_size"] // 2, model.max_seq_len
+    assert batch * context * model.feed_forward_width >= gelu._WORTH_IT
+    assert batch * model.n_heads * context**2 >= attention._WORTH_IT
     assert WIDE["gate"]["num_sequences"] * model.n_heads >= transformer._MANY_SINGLE_QUERIES
 
 
