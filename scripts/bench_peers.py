@@ -1,8 +1,6 @@
 """The benchmark of trainers: the anchor model through ours and through those of others.
 
-Every contestant is a process of its own, as its users start it, and all are set up before the first is
-timed. Then they train in turns of a few steps, one at a time while the others wait: a machine whose speed
-moves by a third within minutes is the same for all of them.
+Every contestant is a process of its own, as its users start it; they train in turns (``bench_turns.py``).
 """
 
 from __future__ import annotations
@@ -12,20 +10,19 @@ import importlib.util
 import logging
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
-from bench_loops import ANCHOR, BATCH, SEED, VOCAB, new_model, random_dataset, synchronize
+from bench_loops import ANCHOR, BATCH, SEED, VOCAB, new_model, random_dataset
+from bench_turns import Turns, in_turns
 from torch import nn
 from torch.nn import functional
 
@@ -91,39 +88,6 @@ def plain_model() -> nn.Module:
 def our_model() -> nn.Module:
     """The anchor model as this package has it."""
     return new_model(ANCHOR, VOCAB)
-
-
-class Turns:
-    """A contestant's end of the baton: waits for its turn after every block of steps.
-
-    Args:
-        steps: of the whole run; the trainer ends after them.
-        block: steps of a turn. The first block is not timed.
-        baton: where a line arrives for every turn.
-        report: where the seconds of every turn go, a line each; "ready" after the first block.
-    """
-
-    def __init__(self, steps: int, block: int, baton: IO[str], report: IO[str]) -> None:
-        self.steps = steps
-        self._block, self._baton, self._report = block, baton, report
-        self._done, self._began = 0, 0.0
-
-    @property
-    def over(self) -> bool:
-        """All steps are done."""
-        return self._done == self.steps
-
-    def step(self) -> None:
-        """To be called at the end of every step."""
-        self._done += 1
-        if self._done % self._block:
-            return
-        synchronize()
-        seconds = time.perf_counter() - self._began
-        print("ready" if self._done == self._block else seconds, file=self._report, flush=True)
-        # After the last block as well: nothing is torn down while another's steps are timed.
-        self._baton.readline()
-        self._began = time.perf_counter()
 
 
 Contestant = Callable[[WalkDataset, Turns], None]
@@ -317,7 +281,9 @@ def _contestants() -> dict[str, Contestant]:
 
 def bench_peers(rounds: int = 12, block: int = 8) -> Figures:
     """The anchor model through other trainers, in turns (goals: 1.45 of transformers' Trainer, 1.05 of the fastest)."""
-    seconds = in_turns(list(_contestants()), rounds, block)
+    steps = block * (rounds + 1)
+    lines = {name: [sys.executable, __file__, name, str(steps), str(block)] for name in _contestants()}
+    seconds = in_turns(lines, rounds)
     tokens = BATCH * ANCHOR.max_seq_len * block
     rates = {name: tokens / statistics.median(each) for name, each in seconds.items()}
 
@@ -342,64 +308,6 @@ def bench_peers(rounds: int = 12, block: int = 8) -> Figures:
         "to_transformers_our_model": others.get(f"transformers{OUR_MODEL}"),
         "missing": sorted({"transformers", "lightning"} - set(seconds)),
     }
-
-
-def in_turns(names: Sequence[str], rounds: int, block: int) -> dict[str, list[float]]:
-    """Seconds of every contestant's ``block`` steps in every round; another begins each round.
-
-    Raises:
-        RuntimeError: a contestant failed; the message has what it said.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    with ExitStack() as stack:
-        running = {name: stack.enter_context(_started(name, block * (rounds + 1), block)) for name in names}
-        for each in running.values():
-            each.wait_until_ready()
-        for number in range(rounds):
-            for name in [*names[number % len(names) :], *names[: number % len(names)]]:
-                seconds[name].append(running[name].take_turn())
-    return seconds
-
-
-class _Running:
-    """A contestant's process."""
-
-    def __init__(self, name: str, process: subprocess.Popen[str], said: IO[str]) -> None:
-        self._name, self._process, self._said = name, process, said
-
-    def wait_until_ready(self) -> None:
-        self._line()
-
-    def take_turn(self) -> float:
-        """Let it train a block; returns its seconds."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
-        return float(self._line())
-
-    def _line(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._said.seek(0)
-            raise RuntimeError(f"{self._name} ended (exit {self._process.wait()}):\n{self._said.read()[-3000:]}")
-        return line
-
-
-@contextmanager
-def _started(name: str, steps: int, block: int) -> Iterator[_Running]:
-    line = [sys.executable, __file__, name, str(steps), str(block)]
-    with (
-        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,
-        subprocess.Popen(
-            line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, encoding="utf-8"
-        ) as process,
-    ):
-        try:
-            yield _Running(name, process, said)
-        except BaseException:
-            process.kill()
-            raise
 
 
 @contextmanager

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import bench_gpu  # noqa: E402
 import bench_loops  # noqa: E402
 import bench_peers  # noqa: E402
+import bench_turns  # noqa: E402
 
 SHAPE = ModelConfig(d_model=32, n_layers=2, n_heads=2, max_seq_len=16)
 
@@ -130,7 +131,7 @@ def test_without_a_gpu_it_says_so():
         bench_gpu.bench_gpu()
 
 
-def test_contestants_train_in_turns(monkeypatch, tmp_path):
+def test_contestants_train_in_turns(tmp_path, capsys):
     """Real processes: one block each, one at a time, another first in every round; both stay to the end."""
     log = tmp_path / "log"
     contestant = tmp_path / "contestant.py"
@@ -138,10 +139,10 @@ def test_contestants_train_in_turns(monkeypatch, tmp_path):
         f"""
 import sys, time
 sys.path[:0] = [{str(ROOT / "scripts")!r}, {str(ROOT)!r}]
-import bench_peers
+import bench_turns
 
 name, steps, block = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-turns = bench_peers.Turns(steps, block, sys.stdin, sys.stdout)
+turns = bench_turns.Turns(steps, block, sys.stdin, sys.stdout)
 with open({str(log)!r}, "ab", buffering=0) as log:
     while not turns.over:
         time.sleep(0.01 if name == "fast" else 0.03)
@@ -149,19 +150,20 @@ with open({str(log)!r}, "ab", buffering=0) as log:
         turns.step()
 """
     )
-    monkeypatch.setattr(bench_peers, "__file__", str(contestant))
-    seconds = bench_peers.in_turns(["fast", "slow"], rounds=3, block=2)
+    lines = {name: [sys.executable, str(contestant), name, "8", "2"] for name in ("fast", "slow")}
+    seconds = bench_turns.in_turns(lines, rounds=3)
     assert log.read_text()[4:] == "ffss" + "ssff" + "ffss"
     assert [len(each) for each in seconds.values()] == [3, 3]
     assert all(a >= 0.02 and b >= 0.06 for a, b in zip(*seconds.values(), strict=True))
+    shown = capsys.readouterr()
+    assert shown.out == "", "standard output is for figures"
+    assert shown.err.splitlines() == ["starting fast, slow", "round 1 of 3", "round 2 of 3", "round 3 of 3"]
 
 
-def test_a_contestant_that_fails_ends_it_with_what_it_said(monkeypatch, tmp_path):
-    contestant = tmp_path / "contestant.py"
-    contestant.write_text("raise SystemExit('no such optimizer')")
-    monkeypatch.setattr(bench_peers, "__file__", str(contestant))
+def test_a_contestant_that_fails_ends_it_with_what_it_said():
+    fails = [sys.executable, "-c", "raise SystemExit('no such optimizer')"]
     with pytest.raises(RuntimeError, match=r"(?s)fast ended \(exit 1\).*no such optimizer"):
-        bench_peers.in_turns(["fast"], rounds=1, block=1)
+        bench_turns.in_turns({"fast": fails}, rounds=1)
 
 
 def test_peers_are_compared_round_by_round(monkeypatch):
