@@ -46,7 +46,8 @@ class Turns:
         seconds = time.perf_counter() - self._began
         print("ready" if self._done == self._block else seconds, file=self._report, flush=True)
         # After the last block as well: nothing is torn down while another's steps are timed.
-        self._baton.readline()
+        if not self._baton.readline() and not self.over:
+            raise SystemExit(f"no turn is left after {self._done} of {self.steps} steps")
         self._began = time.perf_counter()
 
 
@@ -71,6 +72,8 @@ def in_turns(lines: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[
             print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
             for name in [*names[number % len(names) :], *names[: number % len(names)]]:
                 seconds[name].append(running[name].take_turn())
+        for each in running.values():
+            each.finish()
     return seconds
 
 
@@ -81,22 +84,38 @@ class _Running:
         self._name, self._process, self._said = name, process, said
 
     def wait_until_ready(self) -> None:
-        self._line()
+        line = self._line()
+        if line != "ready":
+            raise self._failed(f"reported {line!r} where it should be ready")
 
     def take_turn(self) -> float:
         """Let it train a block; returns its seconds."""
         assert self._process.stdin is not None
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
-        return float(self._line())
+        line = self._line()
+        try:
+            return float(line)
+        except ValueError:
+            raise self._failed(f"reported {line!r} where the seconds of its turn should be") from None
+
+    def finish(self) -> None:
+        """Let it end, as its users' runs do."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        if self._process.wait():
+            raise self._failed(f"ended badly (exit {self._process.returncode})")
 
     def _line(self) -> str:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            self._said.seek(0)
-            raise RuntimeError(f"{self._name} ended (exit {self._process.wait()}):\n{self._said.read()[-3000:]}")
-        return line
+            raise self._failed(f"ended (exit {self._process.wait()})")
+        return line.rstrip("\n")
+
+    def _failed(self, how: str) -> RuntimeError:
+        self._said.seek(0)
+        return RuntimeError(f"{self._name} {how}:\n{self._said.read()[-3000:]}")
 
 
 @contextmanager

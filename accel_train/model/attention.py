@@ -1,9 +1,10 @@
 """Causal self-attention for training on a CPU: queries, keys and values in one tensor, the weights kept.
 
-PyTorch's kernel for processors keeps no weights and computes them anew in its backward pass. At contexts
-as short as those here they are small, and computing them is most of the work: kept, attention takes 0.75
-to 0.9 of the time, forward and backward. Rotary positions, whose backward pass is the rotation back,
-are done in the same function for both queries and keys: with them it is 0.65 to 0.8 (docs/notes.md).
+PyTorch's kernel for processors keeps no weights and computes them anew in its backward pass. While the
+context is short they take no more memory than queries, keys and values do, about, and computing them is
+most of the work: kept, attention takes 0.8 to 0.9 of the time, forward and backward. Rotary positions,
+whose backward pass is the rotation back, are done in the same function for queries and keys at once: with
+them it takes 0.67 to 0.8 (docs/notes.md).
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch import Tensor
 
 _WORTH_IT = 1 << 18
 """Weights, sequences times heads times context squared, from which on the several kernels cost less than they save."""
-_LONGEST = 256
-"""Context up to which weights are kept: their number grows with its square."""
+_LONGEST, _WIDTHS = 256, 4
+"""Context, as such and in widths of a head, up to which they are kept: their number grows with its square."""
 _ROWS = 64
 """Queries taken together; what comes after the last of them is not computed."""
 
@@ -25,15 +26,19 @@ Angles = tuple[Tensor, Tensor]
 
 
 def keeping_weights_pays(packed: Tensor) -> bool:
-    """Whether :func:`causal_attention` is the faster way for ``packed``: float32, on a CPU, with a gradient to come."""
-    batch, time, _, heads, _ = packed.shape
+    """Whether :func:`causal_attention` is the faster way for ``packed``: float32, on a CPU, with a gradient to come.
+
+    Without one the kernel is, so the last digits of what a model computes depend on whether gradients are wanted.
+    """
+    batch, time, _, heads, width = packed.shape
     return (
         packed.device.type == "cpu"
         and packed.dtype == torch.float32
         and torch.is_grad_enabled()
         and packed.requires_grad
-        and time <= _LONGEST
+        and time <= min(_LONGEST, _WIDTHS * width)
         and batch * heads * time * time >= _WORTH_IT
+        and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
 
@@ -48,8 +53,7 @@ def causal_attention(packed: Tensor, angles: Angles | None) -> Tensor:
     Returns:
         ``(batch, time, heads * head_width)``.
     """
-    cos, sin = (None, None) if angles is None else angles
-    return _KeptWeights.apply(packed, cos, sin)  # type: ignore[no-any-return,no-untyped-call]
+    return _KeptWeights.apply(packed, *(angles or ()))  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -77,11 +81,12 @@ def _blocks(time: int) -> list[tuple[slice, slice]]:
 
 class _KeptWeights(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    def forward(ctx: Any, packed: Tensor, *angles: Tensor) -> Tensor:
         batch, time, _, heads, width = packed.shape
-        inputs = packed.permute(2, 0, 3, 1, 4).contiguous()
-        if cos is not None and sin is not None:
-            inputs[:2] = _rotated(inputs[:2], cos, sin)
+        # A copy in any case: it is written to.
+        inputs = packed.permute(2, 0, 3, 1, 4).clone(memory_format=torch.contiguous_format)
+        if angles:
+            inputs[:2] = _rotated(inputs[:2], *angles)
         inputs[0] *= width**-0.5
         inputs = inputs.view(3, batch * heads, time, width)
         query, key, value = inputs
@@ -91,21 +96,23 @@ class _KeptWeights(torch.autograd.Function):
             weights = torch.baddbmm(later, query[:, rows], key[:, seen].mT).softmax(dim=-1)
             _product(weights, value[:, seen], into=mixed[:, rows])
             kept.append(weights)
-        ctx.save_for_backward(inputs, cos, sin, *kept)
+        ctx.save_for_backward(inputs, *kept, *angles)
         ctx.heads = heads
         return mixed.view(batch, heads, time, width).transpose(1, 2).reshape(batch, time, heads * width)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        inputs, cos, sin, *kept = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, *saved = ctx.saved_tensors
         query, key, value = inputs
         time, width = query.shape[1:]
+        blocks = _blocks(time)
+        kept, angles = saved[: len(blocks)], saved[len(blocks) :]
         gradient = gradient.view(-1, time, ctx.heads, width).transpose(1, 2).reshape(query.shape)
         gradients = torch.empty_like(inputs)
         of_query, of_key, of_value = gradients
         # From the end, where all keys are seen: the last block's gradients are written, the others' added.
-        for weights, (rows, seen) in reversed(list(zip(kept, _blocks(time), strict=True))):
+        for weights, (rows, seen) in reversed(list(zip(kept, blocks, strict=True))):
             of_weights = gradient[:, rows] @ value[:, seen].mT
             of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
             _product(of_scores, key[:, seen], into=of_query[:, rows])
@@ -117,6 +124,7 @@ class _KeptWeights(torch.autograd.Function):
                 of_value[:, seen] += weights.mT @ gradient[:, rows]
         of_query *= width**-0.5
         gradients = gradients.view(3, -1, ctx.heads, time, width)
-        if cos is not None:
+        if angles:
+            cos, sin = angles
             gradients[:2] = _rotated(gradients[:2], cos, -sin)
-        return gradients.permute(1, 3, 0, 2, 4).contiguous(), None, None
+        return gradients.permute(1, 3, 0, 2, 4).contiguous(), *(None for _ in angles)

@@ -290,7 +290,8 @@ class TransformerLM(nn.Module):
 
         Returns:
             Logits ``(batch, time, vocab)``; with another mode than ``NONE`` an
-            :class:`~accel_train.model.extraction.Extraction` holding the same logits, bit for bit;
+            :class:`~accel_train.model.extraction.Extraction` holding the same logits, bit for bit
+            (if both are computed with gradients, or both without);
             with ``targets`` a scalar, in nats per token.
 
         Raises:

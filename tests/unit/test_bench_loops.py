@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -160,10 +161,28 @@ with open({str(log)!r}, "ab", buffering=0) as log:
     assert shown.err.splitlines() == ["starting fast, slow", "round 1 of 3", "round 2 of 3", "round 3 of 3"]
 
 
-def test_a_contestant_that_fails_ends_it_with_what_it_said():
-    fails = [sys.executable, "-c", "raise SystemExit('no such optimizer')"]
-    with pytest.raises(RuntimeError, match=r"(?s)fast ended \(exit 1\).*no such optimizer"):
-        bench_turns.in_turns({"fast": fails}, rounds=1)
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("raise SystemExit('no such optimizer')", r"(?s)peer ended \(exit 1\).*no such optimizer"),
+        ("print('Welcome!'); input()", r"peer reported 'Welcome!' where it should be ready"),
+        ("print('ready'); input(); print('loss 3.2'); input()", r"peer reported 'loss 3.2' where the seconds"),
+        ("print('ready'); input(); print(0.1); raise SystemExit('lost')", r"(?s)peer ended badly \(exit 1\).*lost"),
+    ],
+    ids=["before", "greeting", "chatter", "at-the-end"],
+)
+def test_a_contestant_that_fails_ends_it_with_what_it_said(program, message):
+    with pytest.raises(RuntimeError, match=message):
+        bench_turns.in_turns({"peer": [sys.executable, "-u", "-c", program]}, rounds=1)
+
+
+def test_a_contestant_with_more_steps_than_turns_is_refused():
+    baton, report = io.StringIO("go\n"), io.StringIO()
+    turns = bench_turns.Turns(6, 2, baton, report)
+    for _ in range(3):
+        turns.step()
+    with pytest.raises(SystemExit, match="no turn is left after 4 of 6 steps"):
+        turns.step()
 
 
 def test_peers_are_compared_round_by_round(monkeypatch):
