@@ -40,7 +40,7 @@ storm: setup ## kill runs KILLS times (200) at random moments; their bits must n
 bench-setup: setup ## install the trainers that `make bench` compares with
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.lock
 
-bench: bench-setup ## measure everything against its target, into docs/benchmarks.md (about twenty minutes, nothing beside it)
+bench: bench-setup ## measure everything against its target, into docs/benchmarks.md (about 25 minutes, nothing beside it)
 	$(BIN)/python scripts/bench_report.py
 
 lint: setup ## check style and types

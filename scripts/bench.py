@@ -91,7 +91,7 @@ def bench_generate() -> Figures:
         mask = torch.ones_like(prompts)
         options = {"max_length": length, "do_sample": False, "use_cache": True, "pad_token_id": 0}
         runs["transformers"] = lambda: peer.generate(prompts, attention_mask=mask, **options)
-    seconds = median_seconds(3, **runs)
+    seconds = median_seconds(9, **runs)
     figures: Figures = {
         "sequences": num,
         "length": length,

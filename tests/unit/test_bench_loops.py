@@ -186,15 +186,25 @@ def test_a_contestant_with_more_steps_than_turns_is_refused():
 
 
 def test_peers_are_compared_round_by_round(monkeypatch):
-    """The machine is half as fast in the second round and no slower peer for it."""
+    """The machine is half as fast in every second round and no slower peer for it; every process is started anew."""
     seconds = {
         "accel_train": [1.0, 2.0, 1.0],
         "nanogpt_style": [1.1, 2.2, 1.1],
         "nanogpt_style_our_model": [1.02, 2.04, 1.02],
         "transformers": [1.5, 3.0, 1.5],
     }
-    monkeypatch.setattr(bench_peers, "in_turns", lambda *_: seconds)
-    found = bench_peers.bench_peers()
+    started = []
+
+    def in_turns(lines, rounds):
+        started.append((set(lines), rounds))
+        # One start in which transformers' process is lucky.
+        return {**seconds, "transformers": [1.2, 2.4, 1.2]} if len(started) == 2 else seconds
+
+    monkeypatch.setattr(bench_peers, "in_turns", in_turns)
+    found = bench_peers.bench_peers(starts=3, rounds=3)
+    assert [rounds for _, rounds in started] == [3, 3, 3]
+    assert all(names >= {"accel_train", "nanogpt_style"} for names, _ in started)
+    assert (found["starts"], found["rounds"]) == (3, 9)
     assert found["fastest"] == "nanogpt_style"
     assert found["to_fastest"] == pytest.approx(1.1)
     assert found["to_transformers"] == pytest.approx(1.5)
