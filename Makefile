@@ -20,7 +20,7 @@ train: setup ## train the quick walk run to a passed gate, on whatever device th
 test: setup ## run every test but the slow lanes
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
-slow: setup ## run what takes too long for every change, faults aside (four minutes on two cores)
+slow: setup ## run what takes too long for every change, faults aside (four to six minutes on two cores)
 	$(BIN)/pytest tests/integration -n 2 --dist worksteal -m "slow and not gpu"
 
 FAULTS_ELSEWHERE := test_net test_slurm test_storm
@@ -40,7 +40,7 @@ storm: setup ## kill runs KILLS times (200) at random moments; their bits must n
 bench-setup: setup ## install the trainers that `make bench` compares with
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.lock
 
-bench: bench-setup ## measure everything against its target, into docs/benchmarks.md (about 25 minutes, nothing beside it)
+bench: bench-setup ## measure everything against its target, into docs/benchmarks.md (25 to 30 minutes, nothing beside it)
 	$(BIN)/python scripts/bench_report.py
 
 lint: setup ## check style and types

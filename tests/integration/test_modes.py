@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from harness import TINY, outcome, record, write_config
 from texts import TINY_TEXT
 from warm import fork
@@ -64,7 +65,8 @@ def test_wide_is_wide_enough() -> None:
     model = ModelConfig(**{**TINY["model"], **WIDE["model"]})
     batch, context = WIDE["training"]["batch_size"] // 2, model.max_seq_len
     assert batch * context * model.feed_forward_width >= gelu._WORTH_IT
-    assert batch * model.n_heads * context**2 >= attention._WORTH_IT
+    packed = torch.zeros(batch, context, 3, model.n_heads, model.d_model // model.n_heads, requires_grad=True)
+    assert attention.keeping_weights_pays(packed)
     assert WIDE["gate"]["num_sequences"] * model.n_heads >= transformer._MANY_SINGLE_QUERIES
 
 
@@ -81,17 +83,19 @@ def test_the_mode_was_in_force(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("environment", "tolerance"),
+    ("mode", "environment", "tolerance"),
     [
-        pytest.param(BF16, 2e-2, id="bf16"),
-        pytest.param(COMPILED, 1e-3, id="compiled"),
+        pytest.param({}, BF16, 2e-2, id="bf16"),
+        pytest.param({}, COMPILED, 1e-3, id="compiled"),
+        pytest.param(ACCUMULATION, {}, 1e-3, id="accumulation"),
+        pytest.param(WIDE, {}, 1e-3, id="wide"),
     ],
 )
 def test_another_number_of_processes_goes_on_with_the_same_data(
-    tmp_path: Path, environment: dict[str, str], tolerance: float
+    tmp_path: Path, mode: dict, environment: dict[str, str], tolerance: float
 ) -> None:
     """Two processes, then one, then three, by SIGKILL; no dropout, so that only the order of sums differs."""
-    layers = TINY, HOOKS, {"model": {"dropout": 0.0}}
+    layers = TINY, HOOKS, mode, {"model": {"dropout": 0.0}}
     alone, elastic = (
         write_config(tmp_path / f"{name}.yaml", *layers, {"output_dir": str(tmp_path / name)}) for name in ("a", "b")
     )
