@@ -41,7 +41,7 @@ bench-setup: setup ## install the trainers that `make bench` compares with
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.lock
 
 bench: bench-setup ## measure everything against its target, into docs/benchmarks.md (25 to 30 minutes, nothing beside it)
-	$(BIN)/python scripts/bench_report.py
+	$(BIN)/python benchmarks/bench_report.py
 
 lint: setup ## check style and types
 	$(BIN)/ruff check .
@@ -50,7 +50,7 @@ lint: setup ## check style and types
 
 clean: ## remove .venv and all caches; results stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find accel_train scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find accel_train benchmarks scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

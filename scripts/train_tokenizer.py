@@ -10,10 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from accel_train.durable import write_atomic
-from accel_train.meter import Meter
-from accel_train.text.corpus import Corpus, UnusableCorpus, check_corpus, find_files
-from accel_train.text.tokenizer import SMALLEST_VOCAB, TOKENIZER_FILE, VocabularyError, train_tokenizer
+from accel_train.files.atomic import write_atomic
+from accel_train.process.console import Meter
+from accel_train.tasks.text.corpus import Corpus, UnusableCorpus, check_corpus, find_files
+from accel_train.tasks.text.tokenizer import SMALLEST_VOCAB, TOKENIZER_FILE, VocabularyError, train_tokenizer
 
 
 def _counted(corpus: Corpus, meter: Meter) -> Iterator[str]:

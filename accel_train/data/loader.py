@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from accel_train.data.order import GlobalBatchSampler
+from accel_train.data.permutation import GlobalBatchSampler
 
 
 class DatasetWithIds(Dataset[Any]):

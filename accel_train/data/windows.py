@@ -179,7 +179,7 @@ def _ranges(starts: npt.ArrayLike, ends: npt.ArrayLike) -> Ranges:
 
 
 class TokenStream(Protocol):
-    """Tokens that lie somewhere, such as :class:`accel_train.text.tokens.Tokens`."""
+    """Tokens that lie somewhere, such as :class:`accel_train.tasks.text.tokens.Tokens`."""
 
     def __len__(self) -> int:
         """Number of tokens."""

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from accel_train.config import ModelConfig
-from accel_train.model.attention import Angles, causal_attention, keeping_weights_pays
-from accel_train.model.cross_entropy import linear_cross_entropy
-from accel_train.model.dropout import Dropout
+from accel_train.config.sections import ModelConfig
 from accel_train.model.extraction import Extraction, ExtractionMode
-from accel_train.model.gelu import gelu
+from accel_train.model.kernels.attention import Angles, causal_attention, keeping_weights_pays
+from accel_train.model.kernels.cross_entropy import linear_cross_entropy
+from accel_train.model.kernels.dropout import Dropout
+from accel_train.model.kernels.gelu import gelu
 
 INIT_STD = 0.02
 ROTARY_BASE = 10_000.0

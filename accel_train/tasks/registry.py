@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from accel_train.config import ExperimentConfig
-from accel_train.observer import SILENT, Observer
+from accel_train.config.sections import ExperimentConfig
+from accel_train.process.fault_points import SILENT, Observer
 from accel_train.tasks.base import Task
-from accel_train.tasks.text import TextTask
-from accel_train.tasks.walks import WalksTask
+from accel_train.tasks.text.task import TextTask
+from accel_train.tasks.walks.task import WalksTask
 
 
 def build_task(config: ExperimentConfig, observer: Observer = SILENT) -> Task:

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from accel_train.config import ConfigError, HooksConfig
+from accel_train.config.sections import ConfigError, HooksConfig
 from accel_train.model.transformer import Block
 
 

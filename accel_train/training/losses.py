@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from accel_train.model.cross_entropy import IGNORED
+from accel_train.model.kernels.cross_entropy import IGNORED
 
 
 def next_token_cross_entropy(model: nn.Module, batch: Any) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from accel_train.config import TrainingConfig
+from accel_train.config.sections import TrainingConfig
 
 
 def cosine_with_warmup(step: int, warmup_steps: int, total_steps: int, min_lr_ratio: float = 0.1) -> float:

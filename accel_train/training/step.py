@@ -16,12 +16,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from accel_train.config import TrainingConfig
+from accel_train.config.sections import TrainingConfig
 from accel_train.model.transformer import TransformerLM
 from accel_train.training.hooks import Hooks
 from accel_train.training.losses import fused_cross_entropy, next_token_cross_entropy
-from accel_train.training.mechanics import mechanics
-from accel_train.training.recorded import RecordedStep, why_not
+from accel_train.training.recorded_step import RecordedStep, why_not
+from accel_train.training.update import mechanics
 
 log = logging.getLogger(__name__)
 

@@ -23,25 +23,18 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from torch import nn
 
-from accel_train.config import CheckpointConfig, TrainingConfig, canonical_json, result_values
+from accel_train.checkpoints.checkpointer import Checkpointer, derive_rank_seed
+from accel_train.checkpoints.manifest import CheckpointError, require_data
+from accel_train.checkpoints.state import TrainingState
+from accel_train.config.sections import CheckpointConfig, TrainingConfig, canonical_json, result_values
 from accel_train.data.loader import DatasetWithIds, build_loader, count_tokens
-from accel_train.data.resident import resident
-from accel_train.interrupt import Interrupted
-from accel_train.observer import EVALUATION_BEGUN, SILENT, STEP_DONE, Observer
-from accel_train.training.allocator import keep_freed_memory
-from accel_train.training.board import LostPeer, first_line, is_lost_peer
-from accel_train.training.callbacks import Callback, LoopState, overriding
-from accel_train.training.checkpoint import Checkpointer, derive_rank_seed
-from accel_train.training.coordination import Coordinator, PeerFailed
-from accel_train.training.diagnosis import NonFinite, first_bad_tensor
-from accel_train.training.hooks import Hooks
-from accel_train.training.ledger import Ledger
-from accel_train.training.losses import next_token_cross_entropy
-from accel_train.training.manifest import CheckpointError, require_data
-from accel_train.training.optimizer import build_optimizer
-from accel_train.training.plan import Plan
-from accel_train.training.preemption import StopSignal
-from accel_train.training.runtime import (
+from accel_train.data.on_device import resident
+from accel_train.process.fault_points import EVALUATION_BEGUN, SILENT, STEP_DONE, Observer
+from accel_train.process.malloc import keep_freed_memory
+from accel_train.process.signals import StopSignal
+from accel_train.process.stopwatch import Stopwatch
+from accel_train.process.work import Interrupted
+from accel_train.ranks.accelerator import (
     arithmetic,
     build_accelerator,
     check_accelerator,
@@ -49,10 +42,17 @@ from accel_train.training.runtime import (
     preserved_random_state,
     warm_up_buckets,
 )
-from accel_train.training.state import TrainingState
+from accel_train.ranks.coordinator import Coordinator, PeerFailed
+from accel_train.ranks.store import LostPeer, first_line, is_lost_peer
+from accel_train.training.callbacks import Callback, LoopState, overriding
+from accel_train.training.evaluation import Share, mean_loss
+from accel_train.training.hooks import Hooks
+from accel_train.training.loss_buffer import Ledger
+from accel_train.training.losses import next_token_cross_entropy
+from accel_train.training.non_finite import NonFinite, first_bad_tensor
+from accel_train.training.optimizer import build_optimizer
+from accel_train.training.plan import Plan
 from accel_train.training.step import LossFunction, Outcome, Step
-from accel_train.training.stopwatch import Stopwatch
-from accel_train.training.validation import Share, mean_loss
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from faults import Mount, configured, fault, train
 
-from accel_train.observer import STEP_DONE
+from accel_train.process.fault_points import STEP_DONE
 
 KilledRun = Callable[..., tuple[Path, Path]]
 

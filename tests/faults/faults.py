@@ -32,7 +32,7 @@ from harness import (
 )
 from warm import rank_environments
 
-from accel_train.training.manifest import list_checkpoints, verify
+from accel_train.checkpoints.manifest import list_checkpoints, verify
 
 SCRIPT = Path(__file__).with_name("faulty_train.py")
 
@@ -99,7 +99,7 @@ def train(
 
 def accel_train(*arguments: object) -> Shown:
     """Run the console command in a process of its own."""
-    line = [sys.executable, "-m", "accel_train.cli", *map(str, arguments)]
+    line = [sys.executable, "-m", "accel_train.commands.main", *map(str, arguments)]
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=150, check=False)
     return Shown(done.returncode, done.stdout, done.stderr)
 

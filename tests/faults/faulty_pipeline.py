@@ -8,7 +8,7 @@ import sys
 
 from faulty_train import Fault
 
-from accel_train.pipeline import pipeline_main
+from accel_train.pipeline.run import pipeline_main
 
 if __name__ == "__main__":
     described = os.environ.get("FAULT")

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from accel_train.cli import train_main
-from accel_train.observer import POINTS, SILENT, Observer
+from accel_train.commands.main import train_main
+from accel_train.process.fault_points import POINTS, SILENT, Observer
 
 
 class Fault(Observer):

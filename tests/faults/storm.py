@@ -36,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
 
 from harness import SCRIPT, TINY, command, environment, outcome, run, write_config
 
-from accel_train.record import MetricsLog
-from accel_train.training.manifest import list_checkpoints, verify
+from accel_train.checkpoints.manifest import list_checkpoints, verify
+from accel_train.runs.record import MetricsLog
 
 RUN_NAME = "run"
 KEEP_LAST = 2

@@ -28,9 +28,9 @@ from faults import (
 )
 from harness import descendants, kill_tree, run_dir, wait_for
 
-from accel_train import observer
-from accel_train.config import SHARED_CORPORA
-from accel_train.lock import OWNER_FILE
+from accel_train.config.sections import SHARED_CORPORA
+from accel_train.process import fault_points as observer
+from accel_train.runs.lock import OWNER_FILE
 
 STALE_AFTER = 30
 """Seconds without a heartbeat after which the hold of another host has ended."""

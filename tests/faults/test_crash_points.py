@@ -8,8 +8,8 @@ import pytest
 from faults import EVERY, check_finished_like, check_intact, configured, fault, slow, train, undisturbed
 from harness import record, run_dir
 
-from accel_train import observer
-from accel_train.training.manifest import list_checkpoints
+from accel_train.checkpoints.manifest import list_checkpoints
+from accel_train.process import fault_points as observer
 
 # How often the point is passed before the kill, so that checkpoints exist by then.
 LATER = {

@@ -10,7 +10,7 @@ import pytest
 from faults import accel_train, check_finished_like, complaint, slow, train, undisturbed
 from harness import record, run_dir
 
-from accel_train.training.manifest import MANIFEST, list_checkpoints, verify
+from accel_train.checkpoints.manifest import MANIFEST, list_checkpoints, verify
 
 FILES = (
     "config.yaml",

@@ -25,8 +25,8 @@ from faults import (
 )
 from harness import command, environment, kill_tree, record, run_dir
 
-from accel_train.observer import COMMIT_BEGUN, CORPUS_BEGUN, CORPUS_BUILT, EVALUATION_BEGUN, SAVE_BEGUN
-from accel_train.training.manifest import list_checkpoints, verify
+from accel_train.checkpoints.manifest import list_checkpoints, verify
+from accel_train.process.fault_points import COMMIT_BEGUN, CORPUS_BEGUN, CORPUS_BUILT, EVALUATION_BEGUN, SAVE_BEGUN
 
 # The ninth save comes after step 24: one every 3 steps, one after the 20 steps of an epoch.
 NINTH, FAILED_STEP, STEP_BEFORE = 9, 24, 21

@@ -8,7 +8,7 @@ import pytest
 from faults import check_intact, configured, fault, slow, train, undisturbed
 from harness import TINY, metrics, outcome, record, run_dir
 
-from accel_train import observer
+from accel_train.process import fault_points as observer
 
 TOLERANCE = 1e-4
 """Nats: other slices of a batch are summed in another order."""

@@ -17,8 +17,8 @@ import torch
 from faults import accel_train, check_finished_like, complaint, slow, train, undisturbed
 from harness import Shown, checkpoints, run_dir
 
-from accel_train.durable import sha256_file
-from accel_train.training.manifest import MANIFEST, read_manifest, verify, write_manifest
+from accel_train.checkpoints.manifest import MANIFEST, read_manifest, verify, write_manifest
+from accel_train.files.atomic import sha256_file
 
 PICKLE_REFUSED = "holds a pickle with more than plain values: not loaded, not run"
 OTHER: dict[str, Any] = {"training": {"learning_rate": 0.001}, "name": "run"}

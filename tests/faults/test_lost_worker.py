@@ -29,7 +29,7 @@ from faults import (
 )
 from harness import command, descendants, environment, kill_tree, record, run_dir, wait_for
 
-from accel_train import observer
+from accel_train.process import fault_points as observer
 
 TIMEOUT = 8
 GRACE = 10

@@ -23,10 +23,10 @@ from harness import ROOT, checkpoints, record, run_dir
 from poison import PARAMETER
 from safetensors.torch import load_file
 
-from accel_train.training.manifest import verify
+from accel_train.checkpoints.manifest import verify
 
-sys.path.insert(0, str(ROOT / "tests" / "unit" / "training"))
-import ranks
+sys.path.insert(0, str(ROOT / "tests" / "unit"))
+import rank_processes
 
 POISONED = {"hooks": {"update": ["poison:from_environment"]}}
 STEP = 26
@@ -126,8 +126,8 @@ LIBRARY = """
 import json, os, sys
 from pathlib import Path
 import torch
-from accel_train.config import CheckpointConfig, TrainingConfig
-from accel_train.training.diagnosis import NonFinite
+from accel_train.config.sections import CheckpointConfig, TrainingConfig
+from accel_train.training.non_finite import NonFinite
 from accel_train.training.plan import Plan
 from accel_train.training.trainer import Trainer
 rank, world, step = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["BAD_STEP"])
@@ -160,7 +160,7 @@ trainer.accelerator.end_training()
 def test_a_bad_sample_stops_both_ranks_at_its_step_and_a_mended_dataset_goes_on(tmp_path: Path) -> None:
     def fit(directory: Path, bad_step: int) -> list[list[dict]]:
         env = {"BAD_STEP": str(bad_step), "RUN_DIR": str(directory), "ACCELERATE_USE_CPU": "true"}
-        return ranks.finish(ranks.start_ranks(LIBRARY, 2, **env))
+        return rank_processes.finish(rank_processes.start_ranks(LIBRARY, 2, **env))
 
     first, second = fit(tmp_path / "run", 7)
     assert first == second == [{"stopped": 8, "where": "activation of 0 on rank 1"}]

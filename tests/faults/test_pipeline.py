@@ -16,7 +16,7 @@ from harness import ROOT, checkpoints, environment, record, wait_for
 from texts import signalled_in_training, tiny_text
 from web import Web, gives, stalls
 
-from accel_train import observer
+from accel_train.process import fault_points as observer
 
 SCRIPT = Path(__file__).with_name("faulty_pipeline.py")
 CORPUS, TOKENIZER, TOKENS = 1, 2, 3

@@ -17,9 +17,9 @@ import pytest
 from faults import check_finished_like, check_intact, configured, fault, slow, train, undisturbed
 from harness import record, run_dir
 
-from accel_train.lock import OWNER_FILE
-from accel_train.observer import COMMIT_SEALED, STEP_DONE
-from accel_train.training.manifest import list_checkpoints
+from accel_train.checkpoints.manifest import list_checkpoints
+from accel_train.process.fault_points import COMMIT_SEALED, STEP_DONE
+from accel_train.runs.lock import OWNER_FILE
 
 DAY = timedelta(days=1)
 SHIFTED_CLOCK = """

@@ -26,9 +26,9 @@ from faults import (
 from faults import train as launch_and_wait
 from harness import ROOT, kill_tree, record, run_dir, wait_for
 
-from accel_train import observer
-from accel_train.record import STATUS_CODES, run_status
-from accel_train.training.manifest import list_checkpoints
+from accel_train.checkpoints.manifest import list_checkpoints
+from accel_train.process import fault_points as observer
+from accel_train.runs.record import STATUS_CODES, run_status
 
 TERM, USR1, USR2, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT
 SIGNALS = (TERM, USR1, USR2, INT)

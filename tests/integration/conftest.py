@@ -19,7 +19,7 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     import torch
     from accelerate.state import AcceleratorState
 
-    from accel_train.cli import main
+    from accel_train.commands.main import main
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):

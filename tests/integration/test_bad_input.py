@@ -21,7 +21,7 @@ from harness import (
     write_config,
 )
 
-from accel_train.cli import train_main
+from accel_train.commands.main import train_main
 
 WRONG_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown field": (

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from harness import ROOT, record, run, run_dir, write_config
 
-from accel_train.cli import parse_config
-from accel_train.config import to_dict
-from accel_train.record import load_schema, load_sufficient_runs
-from accel_train.tasks.walks import WalksTask
-from accel_train.walks.compliance import score
+from accel_train.commands.main import parse_config
+from accel_train.config.sections import to_dict
+from accel_train.runs.record import load_schema, load_sufficient_runs
+from accel_train.tasks.walks.compliance import score
+from accel_train.tasks.walks.task import WalksTask
 
 EXAMPLES = sorted((ROOT / "examples").glob("walks_*.yaml"))
 

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show; run by `scripts/bench_gpu.sh`, skipped elsewhere."""
+"""What only a CUDA device can show; run by `benchmarks/bench_gpu.sh`, skipped elsewhere."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ import torch
 import yaml
 from harness import ACCELERATE, ROOT, TINY, outcome, record, write_config
 
-from accel_train.config import ModelConfig, TrainingConfig
-from accel_train.cuda_graph import capture as record_graph
-from accel_train.data.resident import resident
+from accel_train.config.sections import ModelConfig, TrainingConfig
+from accel_train.data.on_device import resident
 from accel_train.data.windows import WalkDataset
 from accel_train.model import generation
+from accel_train.model.cuda_graph import capture as record_graph
 from accel_train.model.generation import generate
 from accel_train.model.transformer import TransformerLM
 from accel_train.training.callbacks import Callback
-from accel_train.training.diagnosis import NonFinite
 from accel_train.training.losses import next_token_cross_entropy
+from accel_train.training.non_finite import NonFinite
 from accel_train.training.trainer import Trainer
 
 pytestmark = [
@@ -132,7 +132,7 @@ def test_no_step_between_two_log_boundaries_waits_for_the_device(cuda_graph: boo
 RUN = """
 import hashlib, os, signal, sys
 import numpy as np, torch
-from accel_train.config import CheckpointConfig, ModelConfig, TrainingConfig
+from accel_train.config.sections import CheckpointConfig, ModelConfig, TrainingConfig
 from accel_train.data.windows import WalkDataset
 from accel_train.model.transformer import TransformerLM
 from accel_train.training.callbacks import Callback

@@ -11,8 +11,9 @@ from harness import TINY, outcome, record, write_config
 from texts import TINY_TEXT
 from warm import fork
 
-from accel_train.config import ModelConfig
-from accel_train.model import attention, gelu, transformer
+from accel_train.config.sections import ModelConfig
+from accel_train.model import transformer
+from accel_train.model.kernels import attention, gelu
 
 HOOKS = {"hooks": {"update": ["killing:at_step"]}}
 ACCUMULATION = {"training": {"gradient_accumulation_steps": 2}}

@@ -24,12 +24,12 @@ from harness import ROOT, Shown, checkpoints, environment, in_terminal, metrics,
 from texts import PIPELINE, pipeline, signalled_in_training, tiny_text
 from web import Web, fails, gives, redirects, stalls, truncates
 
-from accel_train import prerequisites
-from accel_train.durable import sha256_file
-from accel_train.pipeline import _parser, _Pipeline, pipeline_main
-from accel_train.pipeline_report import load_metrics_schema
-from accel_train.record import load_schema
-from accel_train.text.builtin import builtin_text
+from accel_train.files.atomic import sha256_file
+from accel_train.pipeline import prerequisites
+from accel_train.pipeline.reports import load_metrics_schema
+from accel_train.pipeline.run import _parser, _Pipeline, pipeline_main
+from accel_train.runs.record import load_schema
+from accel_train.tasks.text.builtin import builtin_text
 
 SPANISH = (
     "Había una vez un pescador que vivía junto al río con su hijo y no tenía nada más que una red.\n" * 600
@@ -245,7 +245,7 @@ def test_a_corpus_that_was_changed_since_is_not_taken_for_the_one_that_was_learn
     assert f"trained on the corpus with SHA-256 {learned}, here is the corpus with SHA-256 " in complaint(shown)
     assert sha256_file(corpus) in complaint(shown)
     evaluated = subprocess.run(
-        [sys.executable, "-m", "accel_train.cli", "evaluate", str(run_dir(out))],
+        [sys.executable, "-m", "accel_train.commands.main", "evaluate", str(run_dir(out))],
         env=environment(),
         capture_output=True,
         text=True,

@@ -16,13 +16,13 @@ import pytest
 import torch
 from harness import ROOT, TINY, Shown, checkpoints, command, environment, metrics, record, run_dir, write_config
 
-from accel_train.config import TrainingConfig
+from accel_train.checkpoints.manifest import read_manifest, verify
+from accel_train.config.sections import TrainingConfig
 from accel_train.data.windows import WalkDataset
-from accel_train.inference import load_model
-from accel_train.record import load_schema, load_sufficient_runs
-from accel_train.training.coordination import PeerFailed
+from accel_train.ranks.coordinator import PeerFailed
+from accel_train.runs.record import load_schema, load_sufficient_runs
+from accel_train.runs.use import load_model
 from accel_train.training.losses import next_token_cross_entropy
-from accel_train.training.manifest import read_manifest, verify
 from accel_train.training.plan import Plan
 from accel_train.training.trainer import Trainer
 
@@ -191,7 +191,7 @@ def test_a_failure_of_another_rank_is_recorded(train, results: Path, monkeypatch
 
 def test_a_record_that_cannot_be_written_does_not_hide_why_the_run_failed(train, results: Path, monkeypatch) -> None:
     def fit(_trainer: Trainer) -> None:
-        monkeypatch.setattr("accel_train.run_record.write_record", fail)
+        monkeypatch.setattr("accel_train.runs.recorder.write_record", fail)
         fail()
 
     def fail(*_arguments: object) -> None:

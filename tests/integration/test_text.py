@@ -14,14 +14,14 @@ from harness import ROOT, checkpoints, merged, metrics, record, run_dir, write_c
 from texts import tiny_text
 from warm import fork
 
-from accel_train.cli import parse_config
-from accel_train.config import to_dict
-from accel_train.durable import sha256_file
-from accel_train.interrupt import Interrupted
-from accel_train.record import load_schema
-from accel_train.text import preparation as preparation_module
-from accel_train.text.preparation import Preparation
-from accel_train.text.tokenizer import Kind, TextTokenizer, train_tokenizer
+from accel_train.commands.main import parse_config
+from accel_train.config.sections import to_dict
+from accel_train.files.atomic import sha256_file
+from accel_train.process.work import Interrupted
+from accel_train.runs.record import load_schema
+from accel_train.tasks.text import preparation as preparation_module
+from accel_train.tasks.text.preparation import Preparation
+from accel_train.tasks.text.tokenizer import Kind, TextTokenizer, train_tokenizer
 from accel_train.training.progress import be_silent
 
 TEXTS = sorted(path for path in (ROOT / "examples").glob("*.yaml") if "task: text" in path.read_text())

@@ -10,7 +10,7 @@ import pytest
 from harness import ROOT, Shown
 from transformers import PreTrainedTokenizerFast
 
-from accel_train.text.builtin import builtin_text
+from accel_train.tasks.text.builtin import builtin_text
 
 SCRIPT = ROOT / "scripts" / "train_tokenizer.py"
 

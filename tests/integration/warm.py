@@ -25,7 +25,7 @@ from harness import SCRIPT, environment
 
 _ranks = multiprocessing.get_context("forkserver")
 # torch._dynamo and matplotlib come with the first optimizer and the first figure.
-_ranks.set_forkserver_preload(["accel_train.experiment", "torch._dynamo", "matplotlib.figure"])
+_ranks.set_forkserver_preload(["accel_train.runs.experiment", "torch._dynamo", "matplotlib.figure"])
 
 
 def _be(argv: Sequence[str], env: Mapping[str, str], output: Path) -> None:

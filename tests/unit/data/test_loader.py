@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from accel_train.data.loader import DatasetWithIds, build_loader
-from accel_train.data.order import GlobalBatchSampler
+from accel_train.data.permutation import GlobalBatchSampler
 
 
 class Drawing:

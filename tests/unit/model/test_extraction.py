@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from accel_train.config import ModelConfig
+from accel_train.config.sections import ModelConfig
 from accel_train.model.extraction import ExtractionMode
 from accel_train.model.transformer import TransformerLM
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accel_train.config import ModelConfig
+from accel_train.config.sections import ModelConfig
 from accel_train.model.transformer import TransformerLM
 
 VOCAB = 11

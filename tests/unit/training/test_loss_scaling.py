@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 
-from accel_train.config import CheckpointConfig, TrainingConfig
+from accel_train.config.sections import CheckpointConfig, TrainingConfig
+from accel_train.ranks.accelerator import build_accelerator
 from accel_train.training.callbacks import Callback
-from accel_train.training.diagnosis import NonFinite
 from accel_train.training.hooks import Hooks
-from accel_train.training.mechanics import Mechanics
-from accel_train.training.runtime import build_accelerator
+from accel_train.training.non_finite import NonFinite
 from accel_train.training.trainer import Trainer
+from accel_train.training.update import Mechanics
 
 CONFIG = TrainingConfig(max_epochs=3, batch_size=8, learning_rate=1e-2, log_interval=3)
 OVERFLOWS = {4, 9}

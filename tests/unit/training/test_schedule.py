@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accel_train.config import TrainingConfig
+from accel_train.config.sections import TrainingConfig
 from accel_train.training.schedule import cosine_with_warmup, warmup_steps
 
 

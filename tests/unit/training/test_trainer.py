@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from accel_train.config import CheckpointConfig, ConfigError, TrainingConfig
-from accel_train.data.order import GlobalBatchSampler
-from accel_train.interrupt import Interrupted
+from accel_train.checkpoints.manifest import list_checkpoints
+from accel_train.config.sections import CheckpointConfig, ConfigError, TrainingConfig
+from accel_train.data.permutation import GlobalBatchSampler
+from accel_train.process.work import Interrupted
+from accel_train.ranks.accelerator import build_accelerator
 from accel_train.training.callbacks import Callback
-from accel_train.training.diagnosis import NonFinite
 from accel_train.training.losses import next_token_cross_entropy
-from accel_train.training.manifest import list_checkpoints
-from accel_train.training.runtime import build_accelerator
+from accel_train.training.non_finite import NonFinite
 from accel_train.training.schedule import cosine_with_warmup, warmup_steps
 from accel_train.training.trainer import Preempted, Trainer
 

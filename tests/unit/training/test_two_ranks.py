@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from ranks import finish, start_ranks
+from rank_processes import finish, start_ranks
 
 PRELUDE = """
 import json, os
 import torch
-from accel_train.config import TrainingConfig
+from accel_train.config.sections import TrainingConfig
 from accel_train.training.losses import next_token_cross_entropy
 from accel_train.training.trainer import Trainer
-from accel_train.training.diagnosis import NonFinite
+from accel_train.training.non_finite import NonFinite
 rank = int(os.environ["RANK"])
 torch.manual_seed(0)
 tokens = torch.randint(0, 11, (40, 6))
@@ -41,11 +41,11 @@ def test_a_commit_that_fails_on_the_main_process_ends_both_at_the_next_step(tmp_
     """The other rank learns why, although no save or evaluation is near."""
     body = f"""
 import threading, time
-from accel_train.config import CheckpointConfig
-from accel_train.training import checkpoint
+from accel_train.config.sections import CheckpointConfig
+from accel_train.checkpoints import checkpointer as checkpoint
 from accel_train.training.callbacks import Callback
-from accel_train.training.coordination import PeerFailed
-from accel_train.training.manifest import CheckpointError
+from accel_train.ranks.coordinator import PeerFailed
+from accel_train.checkpoints.manifest import CheckpointError
 failed = threading.Event()
 def full(path, header):
     failed.set()

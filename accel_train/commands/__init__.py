@@ -1,0 +1,1 @@
+"""The command line: dispatch, one-line errors, tables for people."""

@@ -1,0 +1,1 @@
+"""Operations of the model that PyTorch does not have, or not as fast."""

@@ -1,0 +1,1 @@
+"""This process: signals, launcher, console, time and memory."""

@@ -1,0 +1,326 @@
+"""What the ranks agree on, and how they wait for each other.
+
+Two mechanisms, because a rank blocked inside a collective cannot run a Python signal handler:
+
+* between steps, an asynchronous all-reduce of one number on a gloo group of its own: launched
+  at one step boundary and read at the next, so all ranks leave at the same step and the wait
+  hides behind the step's arithmetic;
+* around everything that only the main process does (corpus, evaluation, commit of a
+  checkpoint), polling of a key-value store: waiting ranks post their stop
+  flags there, the main process its result, and all of them heartbeats. Nobody sits in a
+  collective, so signals are seen at once and a long evaluation cannot run into the group's
+  timeout; a rank that dies or is cut off meanwhile is missed after that time all the same.
+
+With one process all of it is a local flag.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from accel_train.process.signals import StopSignal
+from accel_train.process.work import Interrupted
+from accel_train.ranks.store import Board, LostPeer, first_line
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_POLL_SECONDS = 0.01
+_FLAG_POLL_SECONDS = 0.05
+_HEARTBEAT_SECONDS = 1.0
+_ROLL_CALL_SECONDS = 5.0
+# What the agreement between steps carries: the largest of all ranks' values.
+_GO_ON, _STOP, _FAILED = 0.0, 1.0, 2.0
+
+
+class PeerFailed(RuntimeError):
+    """Another rank failed while this one was waiting for it.
+
+    Args:
+        rank: the rank that failed.
+        phase: what this one was waiting for.
+        message: its error.
+        kind: name of its exception's class.
+    """
+
+    def __init__(self, rank: int, phase: str, message: str, kind: str) -> None:
+        self.kind = kind
+        super().__init__(f"rank {rank} failed (waiting for '{phase}'): {kind}: {message}")
+
+
+class Coordinator:
+    """Agreement between the ranks of one run.
+
+    Args:
+        stop: this rank's stop flag.
+        timeout_seconds: longest wait for another rank before :class:`LostPeer`.
+    """
+
+    def __init__(self, stop: StopSignal, timeout_seconds: float) -> None:
+        self.stop = stop
+        self.timeout = timeout_seconds
+        distributed = dist.is_available() and dist.is_initialized()
+        self.world_size = dist.get_world_size() if distributed else 1
+        self.rank = dist.get_rank() if distributed else 0
+        self.is_main = self.rank == 0
+        self._sequence = 0
+        self._work: dist.Work | None = None
+        self._failure: BaseException | None = None
+        if self.world_size > 1:
+            self._board = Board(self.rank, timeout_seconds)
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+            self._flag = torch.zeros(1)
+
+    # -- between steps ---------------------------------------------------------------------
+
+    def poll(self, failure: BaseException | None = None) -> bool:
+        """At every step boundary, on every rank: whether all ranks are to stop here.
+
+        With several ranks the answer reflects the flags as they were one step ago.
+
+        Args:
+            failure: what has gone wrong on this rank beside the loop; ends the run on all ranks.
+
+        Raises:
+            BaseException: ``failure``, on the rank that has it.
+            PeerFailed: on the other ranks.
+        """
+        if self.world_size == 1:
+            if failure is not None:
+                raise failure
+            return self.stop.requested
+        if self.drain():
+            return True
+        if failure is not None:
+            # Before the agreement: whoever reads its result finds the reason on the board.
+            self._failure = failure
+            self.announce_failure(failure)
+        self._flag.fill_(_FAILED if failure is not None else _STOP if self.stop.requested else _GO_ON)
+        self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return False
+
+    def drain(self) -> bool:
+        """Finish the agreement in flight, if there is one, and return its answer; raises as :meth:`poll`."""
+        if self._work is None:
+            return self.world_size == 1 and self.stop.requested
+        work, self._work = self._work, None
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise LostPeer(f"another rank is gone (stop agreement failed: {first_line(error)})") from error
+        answer = self._flag.item()
+        if answer == _FAILED:
+            if self._failure is not None:
+                raise self._failure
+            self._raise_announced("the next step")
+        return answer == _STOP
+
+    # -- main-only phases ------------------------------------------------------------------
+
+    def main_phase(self, name: str, work: Callable[[Callable[[], bool]], T]) -> T:
+        """Run ``work(should_stop)`` on the main process; every rank returns its result.
+
+        Args:
+            name: what is being done; stands in the messages of ranks that wait in vain.
+            work: called on the main process only. ``should_stop()`` is true once any rank has
+                been asked to stop. The result must be JSON-serialisable.
+
+        Raises:
+            Interrupted: on all ranks, if ``work`` raised it.
+            PeerFailed: on the other ranks, if ``work`` raised anything else.
+            LostPeer: a rank went silent for longer than the timeout.
+        """
+        if self.world_size == 1:
+            return work(lambda: self.stop.requested)
+        self._sequence += 1
+        self._board.phase = name
+        key = f"phase{self._sequence}"
+        result = self._lead(key, name, work) if self.is_main else self._follow(key, name)
+        return cast(T, result)
+
+    def announce_failure(self, error: BaseException) -> None:
+        """Tell ranks that wait in a phase or a gather that this one is leaving."""
+        if self.world_size > 1:
+            notice = {"rank": self.rank, "error": str(error), "kind": type(error).__name__}
+            try:
+                self._board.set("failure", json.dumps(notice))
+            except LostPeer as lost:
+                log.warning("the other ranks could not be told of the failure: %s", lost)
+
+    def named(self, error: LostPeer) -> LostPeer:
+        """``error``, its message completed by the ranks that do not answer a last call of a few seconds."""
+        if error.is_named:
+            return error
+        self._board.give_up_after(_ROLL_CALL_SECONDS)
+        try:
+            silent = self._call_the_roll()
+        except LostPeer:
+            silent = [0]
+        who = f"rank {_listed(silent)} does not answer any more: " if silent else ""
+        return LostPeer(f"{who}{error}", is_named=True)
+
+    def _call_the_roll(self) -> list[int]:
+        if not self.is_main:
+            # Rank 0 lives as long as its board answers, busy as it may be: ask, since posting alone expects no answer.
+            self._board.has("roll/0")
+        others = [rank for rank in range(1, self.world_size) if rank != self.rank]
+        self._board.set(f"roll/{self.rank}", "")
+        deadline = time.monotonic() + _ROLL_CALL_SECONDS
+        while silent := [rank for rank in others if not self._board.has(f"roll/{rank}")]:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_SECONDS)
+        self._board.set(f"roll/{self.rank}/read", "")
+        if self.is_main:
+            # The board leaves with this process: not before those who answered have read it.
+            answered = [rank for rank in others if rank not in silent]
+            while not all(self._board.has(f"roll/{rank}/read") for rank in answered):
+                if time.monotonic() > deadline + _ROLL_CALL_SECONDS:
+                    break
+                time.sleep(_POLL_SECONDS)
+        return silent
+
+    def _raise_announced(self, name: str) -> NoReturn:
+        notice = json.loads(self._board.get("failure"))
+        raise PeerFailed(notice["rank"], name, notice["error"], notice["kind"])
+
+    def gather(self, name: str, value: Any) -> list[Any]:
+        """Every rank's ``value`` (JSON-serialisable) in rank order, on every rank; also a barrier."""
+        if self.world_size == 1:
+            return [value]
+        self._sequence += 1
+        self._board.phase = name
+        key = f"gather{self._sequence}"
+        self._board.set(f"{key}/{self.rank}", json.dumps(value))
+        self._await_ranks(key, name)
+        values = [json.loads(self._board.get(f"{key}/{rank}")) for rank in range(self.world_size)]
+        self._board.set(f"{key}/read/{self.rank}", "")
+        if self.is_main:
+            # The store lives in this process, which may be about to leave: not before all have read.
+            self._await_ranks(f"{key}/read", name)
+        return values
+
+    def _lead(self, key: str, name: str, work: Callable[[Callable[[], bool]], T]) -> T:
+        try:
+            with self._heartbeat(key):
+                result = work(self._stop_reader(key, name))
+        except BaseException as error:
+            outcome = {"error": str(error), "kind": type(error).__name__, "interrupted": isinstance(error, Interrupted)}
+            self._board.set(f"{key}/outcome", json.dumps(outcome))
+            if isinstance(error, Interrupted):
+                self._await_ranks(key, name)
+            raise
+        encoded = json.dumps({"value": result})
+        self._board.set(f"{key}/outcome", encoded)
+        # Collectives may follow: start them only when nobody is still polling.
+        self._board.set(f"{key}/{self.rank}", "ready")
+        self._await_ranks(key, name)
+        return cast(T, json.loads(encoded)["value"])
+
+    def _follow(self, key: str, name: str) -> Any:
+        posted, beat, seen_at = False, "", time.monotonic()
+        own_beats, next_beat = 0, 0.0
+        while not self._board.has(f"{key}/outcome"):
+            if time.monotonic() >= next_beat:
+                own_beats, next_beat = own_beats + 1, time.monotonic() + _HEARTBEAT_SECONDS
+                self._board.set(f"{key}/beat/{self.rank}", str(own_beats))
+            if self.stop.requested and not posted:
+                self._board.set(f"{key}/stop", str(self.rank))
+                posted = True
+            if self._board.has(f"{key}/beat"):
+                newest = self._board.get(f"{key}/beat")
+                if newest != beat:
+                    beat, seen_at = newest, time.monotonic()
+            if self._board.has("failure") and not self._board.has(f"{key}/outcome"):
+                self._raise_announced(name)
+            if time.monotonic() - seen_at > self.timeout:
+                raise LostPeer(f"rank 0 has been silent for {self.timeout:g} s in '{name}'", is_named=True)
+            time.sleep(_POLL_SECONDS)
+        outcome = json.loads(self._board.get(f"{key}/outcome"))
+        self._board.set(f"{key}/{self.rank}", "ready")
+        if outcome.get("interrupted"):
+            raise Interrupted(outcome["error"])
+        if "error" in outcome:
+            raise PeerFailed(0, name, outcome["error"], outcome["kind"])
+        return outcome["value"]
+
+    def _stop_reader(self, key: str, name: str) -> Callable[[], bool]:
+        """``should_stop`` for the main process: its own flag, and at intervals everybody's.
+
+        It raises :class:`LostPeer` when a waiting rank has been silent for longer than the timeout: work
+        that takes hours must not go on for ranks that are gone.
+        """
+        next_look = next_count = 0.0
+        beats = {rank: ("", time.monotonic()) for rank in range(1, self.world_size)}
+
+        def should_stop() -> bool:
+            nonlocal next_look, next_count
+            now = time.monotonic()
+            if not self.stop.requested and now >= next_look:
+                next_look = now + _FLAG_POLL_SECONDS
+                if self._board.has(f"{key}/stop"):
+                    self.stop.request(f"a signal to rank {self._board.get(f'{key}/stop')}")
+            if now >= next_count:
+                next_count = now + _HEARTBEAT_SECONDS
+                for rank, (beat, seen_at) in beats.items():
+                    beat_key = f"{key}/beat/{rank}"
+                    newest = self._board.get(beat_key) if self._board.has(beat_key) else ""
+                    if newest != beat:
+                        beats[rank] = (newest, now)
+                    elif now - seen_at > self.timeout:
+                        raise LostPeer(f"rank {rank} has been silent for {self.timeout:g} s in '{name}'", is_named=True)
+            return self.stop.requested
+
+        return should_stop
+
+    @contextmanager
+    def _heartbeat(self, key: str) -> Iterator[None]:
+        done = threading.Event()
+
+        def beat() -> None:
+            count = 0
+            while True:
+                count += 1
+                self._board.set(f"{key}/beat", str(count))
+                if done.wait(_HEARTBEAT_SECONDS):
+                    return
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _await_ranks(self, key: str, name: str) -> None:
+        """Poll until every rank has posted ``key/rank``; the timeout names those that did not."""
+        deadline = time.monotonic() + self.timeout
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        while True:
+            # Looked for first: a rank may have come here, gone on, and failed afterwards.
+            failed = self._board.has("failure")
+            missing = [rank for rank in others if not self._board.has(f"{key}/{rank}")]
+            if not missing:
+                return
+            if failed:
+                self._raise_announced(name)
+            if time.monotonic() > deadline:
+                late = f"rank {_listed(missing)} did not arrive at '{name}' within {self.timeout:g} s"
+                raise LostPeer(late, is_named=True)
+            time.sleep(_POLL_SECONDS / 5)
+
+
+def _listed(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks))

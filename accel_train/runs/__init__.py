@@ -1,0 +1,1 @@
+"""A run: its directory, lock, record and figures, and what is done with it."""

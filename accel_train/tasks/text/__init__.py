@@ -1,0 +1,1 @@
+"""The text task: a model that continues a text."""

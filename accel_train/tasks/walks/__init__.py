@@ -1,0 +1,1 @@
+"""The walks task: a model that walks a graph and obeys its rules."""

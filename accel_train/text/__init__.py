@@ -1,1 +1,0 @@
-"""Text: where a corpus comes from, its tokenizers, and the tokens on disk."""

@@ -1,0 +1,78 @@
+"""What was consumed and what it cost: losses on the device, the fingerprint on the host.
+
+Nothing here waits for the device before :meth:`Ledger.settle`, which the loop calls once per
+log interval and before every checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from accel_train.data.permutation import fingerprint_terms
+
+
+class Ledger:
+    """Losses and fingerprint since the last settlement.
+
+    Args:
+        capacity: micro-steps between two settlements at most.
+        accumulation: micro-steps per step.
+        world_size: number of ranks.
+        gather: concatenates a tensor over the ranks, in rank order.
+        device: where the losses are computed.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        accumulation: int,
+        world_size: int,
+        gather: Callable[[torch.Tensor], torch.Tensor],
+        device: torch.device,
+    ) -> None:
+        self._accumulation, self._world_size, self._gather = accumulation, world_size, gather
+        self._losses = torch.zeros(capacity, dtype=torch.float32, device=device)
+        self._recorded = 0
+        self._consumed: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
+
+    def enter(self, loss: torch.Tensor, positions: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> None:
+        """Record one micro-step of this rank: its mean loss, and which samples stood at which positions.
+
+        The arrays are kept until the settlement, where one call hashes them all.
+        """
+        self._losses[self._recorded] = loss
+        self._recorded += 1
+        self._consumed.append((positions, ids))
+
+    def settle(self) -> tuple[list[float], int]:
+        """The mean loss of every step over ranks and micro-steps, and the fingerprint of all ranks.
+
+        A collective when there are several ranks; empty when nothing was recorded.
+        """
+        if self._recorded == 0:
+            return [], 0
+        losses = self._losses[: self._recorded]
+        positions, ids = (np.concatenate(arrays) for arrays in zip(*self._consumed, strict=True))
+        terms = torch.tensor([_as_signed(fingerprint_terms(positions, ids))], device=losses.device)
+        if self._world_size > 1:
+            losses, terms = self._gather(losses), self._gather(terms)
+        table = losses.cpu().numpy().astype(np.float64).reshape(self._world_size, -1, self._accumulation)
+        # Summed in rank order on the host: the order inside an all-reduce depends on its length.
+        per_step = np.zeros(table.shape[1])
+        for rank in range(self._world_size):
+            for micro_step in range(self._accumulation):
+                per_step += table[rank, :, micro_step]
+        per_step /= self._world_size * self._accumulation
+        self._recorded = 0
+        self._consumed.clear()
+        return per_step.tolist(), sum(int(term) for term in terms.tolist()) % 2**64
+
+
+def _as_signed(value: int) -> int:
+    """The same 64 bits as a signed integer, which torch can hold."""
+    value %= 2**64
+    return value - 2**64 if value >= 2**63 else value

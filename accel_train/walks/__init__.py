@@ -1,1 +1,0 @@
-"""Ground truth: block-model graphs, jumper rules, walks that obey them, and the scorer."""

@@ -1,0 +1,75 @@
+"""What the pipeline's reports say, from records made by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from accel_train.config.sections import GateConfig
+from accel_train.pipeline.reports import _ADVICE, advice, load_metrics_schema, training_metrics
+
+
+def record(steps: int, per_epoch: int, evaluated: list[int]) -> dict[str, Any]:
+    losses = [10.0 - step for step in range(1, steps + 1)]
+    return {
+        "experiment_id": "e",
+        "run_id": "r",
+        "config_hash": "0" * 64,
+        "config": dict.fromkeys(["task", "seed", "text", "model", "training", "gate"]),
+        "curves": {
+            "train_loss": losses,
+            "evaluation_step": evaluated,
+            "val_loss": [20.0 - step for step in evaluated],
+            "val_bits_per_byte": [2.0 - step / 10 for step in evaluated],
+            "probe_loss": [1.0 for _ in evaluated],
+            "overfit_gap": [19.0 - step for step in evaluated],
+        },
+        "metrics": {
+            "scalars": {"steps_trained": steps, "epochs_trained": steps / per_epoch, "final_val_loss": 20.0 - steps}
+        },
+        "timing": {"seconds": {}, "evaluations": [{"step": s, "training_seconds": s / 2} for s in evaluated]},
+        "provenance": {"launches": 1, "world_sizes": [1]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("steps", "per_epoch", "evaluated", "rows"),
+    [
+        (6, 3, [3, 6], [(1, 3, 8.0, 17.0, 1.5), (2, 3, 5.0, 14.0, 3.0)]),
+        # Every two steps, and a last epoch that was cut short.
+        (4, 3, [2, 4], [(1, 3, 8.0, 18.0, 1.0), (2, 1, 6.0, 16.0, 2.0)]),
+        (2, 3, [2], [(1, 2, 8.5, 18.0, 1.0)]),
+        (6, 3, [6], [(1, 3, 8.0, None, None), (2, 3, 5.0, 14.0, 3.0)]),
+    ],
+)
+def test_every_epoch_has_its_losses_and_its_last_evaluation(
+    steps: int, per_epoch: int, evaluated: list[int], rows: list[tuple[Any, ...]]
+) -> None:
+    found = training_metrics(record(steps, per_epoch, evaluated), Path("run"))
+    jsonschema.validate(found, load_metrics_schema())
+    names = ("epoch", "steps", "train_loss", "val_loss", "training_seconds")
+    assert [tuple(row[name] for name in names) for row in found["epochs"]] == rows
+    assert [each["epoch"] for each in found["evaluations"]] == [step / per_epoch for step in evaluated]
+    assert found["models"] == {
+        "final": f"run/checkpoints/step_{steps:07d}", "best": f"run/checkpoints/step_{evaluated[-1]:07d}"
+    }  # fmt: skip
+
+
+def test_every_criterion_that_can_be_missed_has_its_own_advice() -> None:
+    thresholds = {name.removesuffix("_threshold") for name in vars(GateConfig()) if name.endswith("_threshold")}
+    walks = {"edge", "rule", "sampled_rule", "rule_lift"}
+    assert set(_ADVICE) == thresholds - walks
+
+
+def test_advice_is_for_what_was_missed() -> None:
+    rows = [
+        {"metric": "val_loss", "passed": True},
+        {"metric": "overfit_gap", "passed": False},
+        {"metric": "rss_mb", "passed": False},
+    ]
+    assert advice({"criteria": rows}) == (
+        f"{_ADVICE['overfit_gap']}; {_ADVICE['rss_mb']}; or change the gate in the configuration (--config)"
+    )

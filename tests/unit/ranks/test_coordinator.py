@@ -1,0 +1,335 @@
+"""Agreement between ranks, in real processes over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from rank_processes import finish, start_ranks
+
+from accel_train.process.signals import StopSignal
+from accel_train.ranks.coordinator import Coordinator
+
+PRELUDE = """
+import json, os, signal, sys, time
+from datetime import timedelta
+import torch.distributed as dist
+from accel_train.process.work import Interrupted
+from accel_train.ranks.store import LostPeer
+from accel_train.ranks.coordinator import Coordinator, PeerFailed
+from accel_train.process.signals import StopSignal
+dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+rank = dist.get_rank()
+stop = StopSignal()
+TIMEOUT = float(os.environ.get("TIMEOUT", "20"))
+coordinator = Coordinator(stop, TIMEOUT)
+def report(**values):
+    print(json.dumps(values), flush=True)
+with stop.installed():
+"""
+
+
+def start(body: str, world: int, **env: str) -> list[subprocess.Popen]:
+    code = PRELUDE + textwrap.indent(textwrap.dedent(body), "    ")
+    return start_ranks(f"{code}\ndist.destroy_process_group()\n", world, **env)
+
+
+def test_one_process_needs_no_agreement():
+    stop = StopSignal()
+    coordinator = Coordinator(stop, 1.0)
+    assert not coordinator.poll()
+    assert coordinator.main_phase("work", lambda should_stop: should_stop()) is False
+    stop.request("test")
+    assert coordinator.poll()
+    assert coordinator.drain()
+    assert coordinator.gather("x", 3) == [3]
+
+
+def test_a_flag_on_one_rank_stops_all_at_the_same_step():
+    body = """
+for step in range(1000):
+    if step == 5 and rank == 1:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    if coordinator.poll():
+        break
+report(step=step)
+"""
+    outputs = finish(start(body, 3))
+    assert outputs == [[{"step": 6}]] * 3
+
+
+def test_the_result_of_a_main_only_phase_reaches_every_rank():
+    body = """
+ran = []
+value = coordinator.main_phase("work", lambda should_stop: ran.append(1) or {"answer": 42})
+report(value=value, ran=len(ran))
+"""
+    outputs = finish(start(body, 2))
+    assert outputs == [[{"value": {"answer": 42}, "ran": 1}], [{"value": {"answer": 42}, "ran": 0}]]
+
+
+def test_gather_returns_all_values_in_rank_order():
+    outputs = finish(start('report(values=coordinator.gather("x", rank * 10))', 3))
+    assert outputs == [[{"values": [0, 10, 20]}]] * 3
+
+
+def test_a_signal_to_a_waiting_rank_interrupts_the_main_process():
+    body = """
+def work(should_stop):
+    started = time.monotonic()
+    while not should_stop():
+        assert time.monotonic() - started < 15, "the flag never arrived"
+        time.sleep(0.01)
+    raise Interrupted("stopped")
+if rank == 1:
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+try:
+    coordinator.main_phase("work", work)
+except Interrupted:
+    report(interrupted=True, after=coordinator.gather("after", rank))
+"""
+    outputs = finish(start(body, 2))
+    assert outputs == [[{"interrupted": True, "after": [0, 1]}]] * 2
+
+
+def test_an_error_of_the_main_process_ends_the_others_too():
+    body = """
+def work(should_stop):
+    raise ValueError("no such graph")
+try:
+    coordinator.main_phase("corpus", work)
+except Exception as error:
+    report(kind=type(error).__name__, text=str(error))
+"""
+    main, other = finish(start(body, 2))
+    assert main == [{"kind": "ValueError", "text": "no such graph"}]
+    assert other == [{"kind": "PeerFailed", "text": "rank 0 failed (waiting for 'corpus'): ValueError: no such graph"}]
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_failure_of_another_rank_is_heard_while_waiting(culprit):
+    body = """
+try:
+    if rank == int(os.environ["CULPRIT"]):
+        error = OSError("disk full")
+        coordinator.announce_failure(error)
+        report(left=True)
+    else:
+        coordinator.gather("checkpoint files", rank)
+except PeerFailed as error:
+    report(text=str(error), kind=error.kind)
+time.sleep(1)
+"""
+    outputs = finish(start(body, 2, CULPRIT=str(culprit)))
+    heard = f"rank {culprit} failed (waiting for 'checkpoint files'): OSError: disk full"
+    assert outputs[1 - culprit] == [{"text": heard, "kind": "OSError"}]
+    assert outputs[culprit] == [{"left": True}]
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_a_missing_rank_is_named_when_the_wait_is_over(late):
+    body = """
+try:
+    if rank != int(os.environ["LATE"]):
+        coordinator.gather("checkpoint files", rank)
+    else:
+        time.sleep(3)
+except LostPeer as error:
+    report(text=str(error))
+time.sleep(2)
+"""
+    outputs = finish(start(body, 3, TIMEOUT="1.5", LATE=str(late)))
+    expected = [{"text": f"rank {late} did not arrive at 'checkpoint files' within 1.5 s"}]
+    assert outputs == [[] if rank == late else expected for rank in range(3)]
+
+
+def test_a_killed_peer_is_noticed_at_the_next_agreement():
+    body = """
+steps = 0
+try:
+    while True:
+        assert not coordinator.poll()
+        steps += 1
+        if steps == 3:
+            report(going=True)
+        time.sleep(0.01)
+except LostPeer as error:
+    report(lost=str(error)[:20])
+    sys.stdout.flush()
+    os._exit(0)
+"""
+    survivor, victim = start(body, 2)
+    assert json.loads(victim.stdout.readline()) == {"going": True}
+    victim.kill()
+    out, err = survivor.communicate(timeout=60)
+    assert victim.wait() == -signal.SIGKILL
+    assert survivor.returncode == 0, err
+    assert json.loads(out.splitlines()[-1]) == {"lost": "another rank is gone"}
+
+
+def freeze(victim: subprocess.Popen, survivor: subprocess.Popen) -> str:
+    """Stop ``victim`` and let it live, as behind a link that lost its packets; what ``survivor`` says, soon after."""
+    try:
+        victim.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        out, err = survivor.communicate(timeout=30)
+        assert time.monotonic() - began < 10
+        assert psutil.Process(victim.pid).status() == psutil.STATUS_STOPPED
+    finally:
+        victim.kill()
+        victim.wait()
+    assert survivor.returncode == 0, err
+    return json.loads(out)["text"]
+
+
+def test_a_frozen_main_process_does_not_hang_those_that_wait_for_it():
+    body = """
+def work(should_stop):
+    report(pid=os.getpid())
+    time.sleep(60)
+try:
+    coordinator.main_phase("evaluation", work)
+except LostPeer as error:
+    report(text=str(error))
+    sys.stdout.flush()
+    os._exit(0)
+"""
+    main, other = start(body, 2, TIMEOUT="1.5")
+    assert json.loads(main.stdout.readline()) == {"pid": main.pid}
+    assert freeze(main, other).startswith("rank 0 has not answered for 1.5 s (waiting for 'evaluation')")
+
+
+def test_work_on_the_main_process_ends_when_a_waiting_rank_goes_silent():
+    body = """
+def work(should_stop):
+    report(going=True)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        should_stop()
+        time.sleep(0.01)
+try:
+    coordinator.main_phase("evaluation", work)
+except LostPeer as error:
+    report(text=str(error))
+    sys.stdout.flush()
+    os._exit(0)
+"""
+    main, other = start(body, 2, TIMEOUT="1.5")
+    assert json.loads(main.stdout.readline()) == {"going": True}
+    assert freeze(other, main) == "rank 1 has been silent for 1.5 s in 'evaluation'"
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_rank_is_named_in_the_roll_call(frozen):
+    body = """
+try:
+    while True:
+        assert not coordinator.poll()
+        if rank == int(os.environ["FROZEN"]):
+            report(going=True)
+        time.sleep(0.05)
+except LostPeer as error:
+    report(text=str(coordinator.named(error)))
+    sys.stdout.flush()
+    os._exit(0)
+"""
+    ranks = start(body, 2, TIMEOUT="1.5", FROZEN=str(frozen))
+    assert json.loads(ranks[frozen].stdout.readline()) == {"going": True}
+    said = freeze(ranks[frozen], ranks[1 - frozen])
+    assert said.startswith(f"rank {frozen} does not answer any more: another rank is gone"), said
+
+
+def in_child(code: str, *, env: dict[str, str] | None = None) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
+def test_every_stop_signal_sets_the_flag_and_twice_is_once(number):
+    stop = StopSignal()
+    with stop.installed():
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        deadline = time.monotonic() + 5
+        while not stop.requested:
+            assert time.monotonic() < deadline
+    assert stop.signal_name == signal.Signals(number).name
+
+
+def test_a_second_interrupt_stops_at_once(monkeypatch):
+    stop = StopSignal()
+    clock = iter([10.0, 12.0])
+    monkeypatch.setattr("accel_train.process.signals.time.monotonic", lambda: next(clock))
+    with stop.installed():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+MEETING = """
+import time
+from accel_train.process.signals import StopSignal, leaving_while_ranks_meet
+stop = StopSignal()
+with stop.installed():
+    with leaving_while_ranks_meet(75, stop):
+        print("meeting", flush=True)
+        time.sleep({seconds})
+    print("met", stop.signal_name, flush=True)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "code", "says"), [(2, 0, "met SIGUSR1\n"), (60, 75, "")])
+def test_ranks_that_are_asked_to_stop_have_a_few_seconds_to_meet(seconds, code, says):
+    """With one launched by hand and signalled alone, those that come within them still agree with it."""
+    process = in_child(MEETING.format(seconds=seconds), env={"WORLD_SIZE": "2"})
+    assert process.stdout.readline() == "meeting\n"
+    process.send_signal(signal.SIGUSR1)
+    out, _ = process.communicate(timeout=10)
+    assert (process.returncode, out) == (code, says)
+
+
+ORPHAN = """
+import os, subprocess, sys, time
+worker = '''
+import sys, time
+from accel_train.process.signals import StopSignal
+stop = StopSignal()
+with stop.installed():
+    stop.die_with_launcher()
+    print("armed", flush=True)
+    deadline = time.monotonic() + float(sys.argv[1])
+    while time.monotonic() < deadline and not stop.requested:
+        time.sleep(0.01)
+    open(sys.argv[2], "w").write(str(stop.requested))
+'''
+child = subprocess.Popen([sys.executable, "-c", worker, *sys.argv[1:]], stdout=subprocess.PIPE, text=True)
+child.stdout.readline()
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_worker_is_told_when_its_launcher_dies_unless_started_by_hand(tmp_path: Path, launched):
+    env = {k: v for k, v in os.environ.items() if k not in {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}}
+    if launched:
+        env["ACCELERATE_MIXED_PRECISION"] = "no"
+    flag = tmp_path / "flag"
+    seconds = "10" if launched else "1.5"
+    launcher = subprocess.Popen([sys.executable, "-c", ORPHAN, seconds, str(flag)], env=env)
+    assert launcher.wait(timeout=30) == -signal.SIGKILL
+    deadline = time.monotonic() + 15
+    while not (flag.exists() and flag.read_text()):
+        assert time.monotonic() < deadline, "the worker never ended"
+        time.sleep(0.05)
+    assert flag.read_text() == str(launched)
