@@ -36,7 +36,6 @@ from safetensors import SafetensorError
 
 from accel_train.checkpoints.manifest import (
     TEMPORARY,
-    CheckpointError,
     list_checkpoints,
     newest_sound,
     read_manifest,
@@ -46,6 +45,7 @@ from accel_train.checkpoints.manifest import (
 )
 from accel_train.checkpoints.state import TrainingState
 from accel_train.config.sections import CheckpointConfig
+from accel_train.errors import CheckpointError
 from accel_train.files.atomic import fsync_directory, fsync_file
 from accel_train.process.fault_points import (
     COMMIT_BEGUN,

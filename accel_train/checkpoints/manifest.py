@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from accel_train.config.sections import canonical_json
+from accel_train.errors import CheckpointError, NewerFormat
 from accel_train.files.atomic import fsync_directory, fsync_file, sha256_file
 
 log = logging.getLogger(__name__)
@@ -40,14 +41,6 @@ _FIELDS: dict[str, type] = {
     "files": dict,
     "rng": list,
 }
-
-
-class CheckpointError(RuntimeError):
-    """No usable checkpoint, one that may not be used here, or one that could not be written."""
-
-
-class NewerFormat(CheckpointError):
-    """A checkpoint that a newer version wrote: sound, but not for this one."""
 
 
 def step_directory(step: int) -> str:

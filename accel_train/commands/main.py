@@ -30,21 +30,14 @@ from typing import Any, Literal, NoReturn
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from accel_train.config.sections import ConfigError, EarlierRun, ExperimentConfig
+from accel_train.config.sections import EarlierRun, ExperimentConfig
+from accel_train.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE, ConfigError, RecordError
 from accel_train.pipeline.run import pipeline_main
 from accel_train.process.fault_points import SILENT, Observer
 from accel_train.process.signals import ask_for_sigterm_when_launcher_dies, leaving_on_stop_signals
-from accel_train.runs.record import (
-    STATUS_CODES,
-    RecordError,
-    RunSummary,
-    list_runs,
-    run_status,
-    strict_json,
-)
+from accel_train.runs.record import STATUS_CODES, RunSummary, list_runs, run_status, strict_json
 
 _TEXT_OPTIONS = ("prompt", "max_tokens", "temperature", "top_k", "top_p", "seed")
-EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
 LAST_WORDS_SECONDS = 10.0
 
 # Process-wide, and the only switch there is: help texts come from the docstrings under the fields.

@@ -20,24 +20,12 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from accel_train.errors import ConfigError
+
 T = TypeVar("T")
 
 SHARED_CORPORA = "corpora"
 """Directory under ``output_dir`` that all runs share."""
-
-
-class ConfigError(ValueError):
-    """A configuration or command line that cannot be run.
-
-    Args:
-        field: dotted name of the field (or flag, or file) at fault.
-        value: what it was set to.
-        rule: the rule that it breaks, and what to do about it.
-    """
-
-    def __init__(self, field: str, value: object, rule: str) -> None:
-        self.field, self.value, self.rule = field, value, rule
-        super().__init__(f"{field}: {value!r} {rule}")
 
 
 def _neutral(default: Any = MISSING, **kwargs: Any) -> Any:

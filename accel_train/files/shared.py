@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from accel_train.files.atomic import fsync_directory, fsync_file, sha256_file, write_atomic
 from accel_train.process.fault_points import CORPUS_BEGUN, CORPUS_BUILT, SILENT, Observer
-from accel_train.runs.lock import wait_for
+from accel_train.process.work import never, wait_for
 
 INDEX_FILE = "index.json"
 _FORMAT_VERSION = 1
@@ -40,7 +40,7 @@ def cached(
     *,
     lock_timeout: float = 3600.0,
     on_wait: Callable[[str], None] | None = None,
-    should_stop: Callable[[], bool] | None = None,
+    should_stop: Callable[[], bool] = never,
     observer: Observer = SILENT,
 ) -> Path:
     """The directory ``root / key``, built if it is missing or damaged.

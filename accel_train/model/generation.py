@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from accel_train.errors import Interrupted
 from accel_train.model.cuda_graph import capture
 from accel_train.model.transformer import KVCache, StaticCache, TransformerLM
-from accel_train.process.work import Interrupted
 
 log = logging.getLogger(__name__)
 

@@ -9,23 +9,6 @@ import os
 import sys
 from pathlib import Path
 
-EXIT_SUCCESS, EXIT_PREREQUISITES, EXIT_CORPUS, EXIT_TOKENIZER, EXIT_TRAINING, EXIT_VALIDATION = range(6)
-EXIT_INTERRUPTED = 75
-
-
-class PhaseFailed(Exception):
-    """A phase cannot be completed.
-
-    Args:
-        code: the exit code.
-        message: what went wrong and what to do.
-    """
-
-    def __init__(self, code: int, message: str) -> None:
-        self.code = code
-        super().__init__(message)
-
-
 _OPTION_OF = {
     "text.corpus": "--corpus-path/--corpus-url",
     "text.corpus_sha256": "--corpus-sha256",

@@ -18,7 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accel_train.pipeline.phases import EXIT_PREREQUISITES, PhaseFailed, say
+from accel_train.errors import EXIT_PREREQUISITES, PhaseFailed
+from accel_train.pipeline.phases import say
 
 if TYPE_CHECKING:
     from accel_train.config.sections import ExperimentConfig, TextConfig

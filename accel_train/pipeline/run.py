@@ -26,21 +26,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from accel_train.pipeline import prerequisites
-from accel_train.pipeline import reports as pipeline_report
-from accel_train.pipeline.phases import (
+from accel_train.errors import (
     EXIT_CORPUS,
-    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_PREEMPTED,
     EXIT_PREREQUISITES,
-    EXIT_SUCCESS,
     EXIT_TOKENIZER,
     EXIT_TRAINING,
     EXIT_VALIDATION,
     PhaseFailed,
-    as_option,
-    print_line,
-    say,
 )
+from accel_train.pipeline import prerequisites
+from accel_train.pipeline import reports as pipeline_report
+from accel_train.pipeline.phases import as_option, print_line, say
 from accel_train.pipeline.prerequisites import OPTIONS_FILE, record_of, run_dir_of
 from accel_train.process.signals import StopSignal, leaving_on_stop_signals, tied_to_this_process
 
@@ -65,12 +63,12 @@ def pipeline_main(argv: Sequence[str] | None = None, *, observer: Observer | Non
         observer: hears of every point at which a fault may fall.
     """
     try:
-        with leaving_on_stop_signals(EXIT_INTERRUPTED):
+        with leaving_on_stop_signals(EXIT_PREEMPTED):
             options = _parser().parse_args(sys.argv[1:] if argv is None else list(argv))
             return _Pipeline(options, observer).run()
     except PhaseFailed as failure:
         print(f"accel-train pipeline: error: {failure}", file=sys.stderr)
-        return failure.code
+        return failure.exit_code
 
 
 class _Parser(argparse.ArgumentParser):
@@ -160,7 +158,7 @@ class _Pipeline:
         except (interrupt.Interrupted, KeyboardInterrupt):
             again = "with --resume instead of --fresh" if self._options.fresh else "again"
             print_line(f"interrupted: run the same command {again} to go on")
-            return EXIT_INTERRUPTED
+            return EXIT_PREEMPTED
 
     @contextmanager
     def _phase(self, number: int) -> Iterator[None]:
@@ -268,9 +266,9 @@ class _Pipeline:
                 self._require_same_data(run_dir, task)
                 say("skipped", f"{run_dir} is trained")
             code = self._train_here(config) if self._options.launcher is None else self._launch(config, run_dir)
-            if code == EXIT_INTERRUPTED:
+            if code == EXIT_PREEMPTED:
                 raise importlib.import_module("accel_train.process.work").Interrupted
-            if code != EXIT_SUCCESS:
+            if code != EXIT_OK:
                 raise PhaseFailed(EXIT_TRAINING, _why_training_failed(run_dir))
 
     @staticmethod
@@ -314,9 +312,9 @@ class _Pipeline:
         # What a launch before this one has left says nothing about this one.
         is_new = _launch_of(after) != before
         if after.get("status") == "completed" and (is_new or process.returncode == 0):
-            return EXIT_SUCCESS
+            return EXIT_OK
         if stop.requested or (is_new and after.get("status") == "preempted"):
-            return EXIT_INTERRUPTED
+            return EXIT_PREEMPTED
         if not is_new:
             rule = f"ended with code {process.returncode} before training began; see above, and check it"
             raise PhaseFailed(EXIT_TRAINING, f"--launcher: {line[0]} {rule}")
@@ -349,7 +347,7 @@ class _Pipeline:
                 f"the model does not pass: {gate['failure_reason']}; {pipeline_report.advice(gate)}",
             )
         print_line(f"\nsuccess in {time.perf_counter() - self._began:.1f} s")
-        return EXIT_SUCCESS
+        return EXIT_OK
 
     @staticmethod
     def _final_checkpoint(run_dir: Path, record: Mapping[str, Any]) -> dict[str, Any]:

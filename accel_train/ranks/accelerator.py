@@ -27,7 +27,8 @@ from accelerate.utils import (
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from accel_train.config.sections import ConfigError, TrainingConfig
+from accel_train.config.sections import TrainingConfig
+from accel_train.errors import ConfigError
 
 _MAX_WARM_UP_PASSES = 5
 

@@ -28,9 +28,9 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from accel_train.errors import EXIT_FAILED, Interrupted, LostPeer, PeerFailed
 from accel_train.process.signals import StopSignal
-from accel_train.process.work import Interrupted
-from accel_train.ranks.store import Board, LostPeer, first_line
+from accel_train.ranks.store import Board, first_line
 
 log = logging.getLogger(__name__)
 
@@ -42,21 +42,6 @@ _HEARTBEAT_SECONDS = 1.0
 _ROLL_CALL_SECONDS = 5.0
 # What the agreement between steps carries: the largest of all ranks' values.
 _GO_ON, _STOP, _FAILED = 0.0, 1.0, 2.0
-
-
-class PeerFailed(RuntimeError):
-    """Another rank failed while this one was waiting for it.
-
-    Args:
-        rank: the rank that failed.
-        phase: what this one was waiting for.
-        message: its error.
-        kind: name of its exception's class.
-    """
-
-    def __init__(self, rank: int, phase: str, message: str, kind: str) -> None:
-        self.kind = kind
-        super().__init__(f"rank {rank} failed (waiting for '{phase}'): {kind}: {message}")
 
 
 class Coordinator:
@@ -152,7 +137,7 @@ class Coordinator:
     def announce_failure(self, error: BaseException) -> None:
         """Tell ranks that wait in a phase or a gather that this one is leaving."""
         if self.world_size > 1:
-            notice = {"rank": self.rank, "error": str(error), "kind": type(error).__name__}
+            notice = {"rank": self.rank, **_described(error)}
             try:
                 self._board.set("failure", json.dumps(notice))
             except LostPeer as lost:
@@ -193,7 +178,7 @@ class Coordinator:
 
     def _raise_announced(self, name: str) -> NoReturn:
         notice = json.loads(self._board.get("failure"))
-        raise PeerFailed(notice["rank"], name, notice["error"], notice["kind"])
+        raise PeerFailed(notice["rank"], name, notice["error"], notice["exit_code"])
 
     def gather(self, name: str, value: Any) -> list[Any]:
         """Every rank's ``value`` (JSON-serialisable) in rank order, on every rank; also a barrier."""
@@ -216,7 +201,7 @@ class Coordinator:
             with self._heartbeat(key):
                 result = work(self._stop_reader(key, name))
         except BaseException as error:
-            outcome = {"error": str(error), "kind": type(error).__name__, "interrupted": isinstance(error, Interrupted)}
+            outcome = {**_described(error), "interrupted": isinstance(error, Interrupted)}
             self._board.set(f"{key}/outcome", json.dumps(outcome))
             if isinstance(error, Interrupted):
                 self._await_ranks(key, name)
@@ -250,9 +235,9 @@ class Coordinator:
         outcome = json.loads(self._board.get(f"{key}/outcome"))
         self._board.set(f"{key}/{self.rank}", "ready")
         if outcome.get("interrupted"):
-            raise Interrupted(outcome["error"])
+            raise Interrupted(outcome["message"])
         if "error" in outcome:
-            raise PeerFailed(0, name, outcome["error"], outcome["kind"])
+            raise PeerFailed(0, name, outcome["error"], outcome["exit_code"])
         return outcome["value"]
 
     def _stop_reader(self, key: str, name: str) -> Callable[[], bool]:
@@ -324,3 +309,13 @@ class Coordinator:
 
 def _listed(ranks: list[int]) -> str:
     return ", ".join(map(str, ranks))
+
+
+def _described(error: BaseException) -> dict[str, Any]:
+    """What the other ranks are told of an error: its kind and message, and the code that its process leaves with."""
+    message = str(error)
+    return {
+        "error": f"{type(error).__name__}: {message}",
+        "message": message,
+        "exit_code": getattr(error, "exit_code", EXIT_FAILED),
+    }

@@ -13,23 +13,12 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from accel_train.errors import LostPeer
+
 T = TypeVar("T")
 
 # Every rank makes its boards in the same order, so the count names them.
 _boards = itertools.count()
-
-
-class LostPeer(RuntimeError):
-    """Another rank is gone or silent: nothing may be saved, the process must leave.
-
-    Args:
-        message: what was waited for, and whom, where that is known.
-        is_named: whether ``message`` says which rank it is.
-    """
-
-    def __init__(self, message: str, *, is_named: bool = False) -> None:
-        self.is_named = is_named
-        super().__init__(message)
 
 
 _LOST_PEER_SIGNS = (

@@ -22,7 +22,6 @@ from typing import Any
 import yaml
 
 from accel_train.config.sections import (
-    ConfigError,
     ExperimentConfig,
     config_hash,
     differing_fields,
@@ -32,6 +31,7 @@ from accel_train.config.sections import (
     run_directory,
     to_dict,
 )
+from accel_train.errors import ConfigError
 from accel_train.files.atomic import write_atomic
 from accel_train.runs.lock import RunLock
 from accel_train.runs.record import read_record

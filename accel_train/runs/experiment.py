@@ -20,41 +20,43 @@ import torch
 from accelerate import Accelerator
 from torch import distributed as dist
 
-from accel_train.checkpoints.manifest import CheckpointError, step_directory
-from accel_train.config.sections import (
-    SHARED_CORPORA,
+from accel_train.checkpoints.manifest import step_directory
+from accel_train.config.sections import SHARED_CORPORA, EarlierRun, ExperimentConfig, check_output_dir, to_dict
+from accel_train.errors import (
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_PREEMPTED,
+    CheckpointError,
     ConfigError,
-    EarlierRun,
-    ExperimentConfig,
-    check_output_dir,
-    to_dict,
+    CorpusError,
+    Interrupted,
+    LostPeer,
+    NonFinite,
+    PeerFailed,
+    Preempted,
+    RecordError,
+    RunLocked,
 )
 from accel_train.model.transformer import TransformerLM
 from accel_train.process.fault_points import CONCLUSION_BEGUN, SILENT, Observer
 from accel_train.process.signals import StopSignal, leaving_while_ranks_meet
-from accel_train.process.work import Interrupted
 from accel_train.ranks.accelerator import arithmetic, build_accelerator, machine
-from accel_train.ranks.coordinator import Coordinator, PeerFailed
-from accel_train.ranks.store import LostPeer, first_line, is_lost_peer
+from accel_train.ranks.coordinator import Coordinator
+from accel_train.ranks.store import first_line, is_lost_peer
 from accel_train.runs.directory import CONFIG_FILE, RunDirectory, RunLog, dump_config
 from accel_train.runs.initial_weights import build_model, require_same_files, resolve_init
-from accel_train.runs.lock import RunLocked
-from accel_train.runs.record import METRICS_FILE, RecordError
+from accel_train.runs.record import METRICS_FILE
 from accel_train.runs.recorder import RecordKeeper
 from accel_train.tasks.base import Task, Trained
 from accel_train.tasks.registry import build_task
-from accel_train.tasks.walks.task import CorpusError
 from accel_train.training.callbacks import Callback, LoopState
 from accel_train.training.hooks import Hooks, build_hooks
 from accel_train.training.losses import fused_cross_entropy
-from accel_train.training.non_finite import NonFinite, is_out_of_memory
+from accel_train.training.non_finite import is_out_of_memory
 from accel_train.training.progress import Progress, be_silent, say
-from accel_train.training.trainer import Preempted, Trainer
+from accel_train.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
-
-EXIT_COMPLETED, EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 0, 1, 2, 75
-_CODE_OF_PEER = {"ConfigError": EXIT_USAGE, "RecordError": EXIT_USAGE, "RunLocked": EXIT_PREEMPTED}
 
 
 def run(
@@ -141,10 +143,9 @@ class _Experiment:
             self._leave_without(error)
         except PeerFailed as error:
             log.error("%s", error)
-            code = _CODE_OF_PEER.get(error.kind, EXIT_FAILED)
-            if code == EXIT_FAILED:
+            if error.exit_code == EXIT_FAILED:
                 self._leave("failed", str(error))
-            return code
+            return error.exit_code
         except (ConfigError, RecordError) as error:
             self.coordinator.announce_failure(error)
             # Where the run directory is ours already: what was wrong came out while preparing the data.
@@ -200,7 +201,7 @@ class _Experiment:
         opened = self.coordinator.main_phase("run directory", self._open)
         if opened["status"] == "completed":
             self.say("finished", opened["summary"])
-            return EXIT_COMPLETED
+            return EXIT_OK
         self.run_log.open(self.directory.path, opened["launch"])
         dataset, preflight = self._data(init)
         trainer = self._trainer(model, hooks, dataset)
@@ -214,7 +215,7 @@ class _Experiment:
             self.keeper.finish("completed", None)
             self.say("completed", self.keeper.summary())
             self.say("record", str(self.directory.path / "result.json"))
-        return EXIT_COMPLETED
+        return EXIT_OK
 
     def _resolve_init(self) -> Path | None:
         """One choice of the weights to start from for all ranks; they are part of the run's identity."""

@@ -10,8 +10,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model as load_weights
 
-from accel_train.checkpoints.manifest import CheckpointError, list_checkpoints, read_manifest, verify
-from accel_train.config.sections import ConfigError, ExperimentConfig, run_directory
+from accel_train.checkpoints.manifest import list_checkpoints, read_manifest, verify
+from accel_train.config.sections import ExperimentConfig, run_directory
+from accel_train.errors import CheckpointError, ConfigError
 from accel_train.files.atomic import sha256_file
 from accel_train.model.transformer import TransformerLM
 from accel_train.runs.record import RECORD_FILE, read_record

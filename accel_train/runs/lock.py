@@ -30,7 +30,8 @@ from types import TracebackType
 import psutil
 from filelock import FileLock, Timeout
 
-from accel_train.process.work import Interrupted
+from accel_train.errors import RunLocked
+from accel_train.process.work import never, wait_for
 
 LOCK_FILE = ".lock"
 OWNER_FILE = ".lock-owner.json"
@@ -72,23 +73,6 @@ class Owner:
         return self.boot_id != _boot_id() or self.process_start != _process_start(self.pid)
 
 
-class RunLocked(RuntimeError):
-    """The run directory is held by another process.
-
-    Args:
-        run_dir: the directory.
-        owner: its holder, where known.
-        waited: seconds waited.
-    """
-
-    def __init__(self, run_dir: Path, owner: Owner | None, waited: float) -> None:
-        self.run_dir, self.owner = run_dir, owner
-        super().__init__(
-            f"{run_dir} is in use by {_describe(owner)}, still after {waited:.0f} s; wait for it or stop it, "
-            "then run the same command again"
-        )
-
-
 class RunLock:
     """Exclusive use of a run directory, which must exist.
 
@@ -109,7 +93,7 @@ class RunLock:
         timeout: float = 60.0,
         stale_after: float = 30.0,
         on_wait: Callable[[str], None] | None = None,
-        should_stop: Callable[[], bool] | None = None,
+        should_stop: Callable[[], bool] = never,
         on_lost: Callable[[str], None] | None = None,
     ) -> None:
         self.run_dir = run_dir
@@ -136,7 +120,7 @@ class RunLock:
             should_stop=self._should_stop,
         )
         if not held:
-            raise RunLocked(self.run_dir, self.owner(), self._timeout)
+            raise RunLocked(self.run_dir, _describe(self.owner()), self._timeout)
         self._stop.clear()
         self._thread = threading.Thread(target=self._beat, name="run-lock-heartbeat", daemon=True)
         self._thread.start()
@@ -263,41 +247,6 @@ class _HeartbeatWatch:
         if seen != self._seen:
             self._seen, self._since = seen, time.monotonic()
         return time.monotonic() - self._since >= self._seconds
-
-
-def wait_for(
-    attempt: Callable[[], bool],
-    timeout: float,
-    describe: Callable[[], str],
-    *,
-    on_wait: Callable[[str], None] | None = None,
-    should_stop: Callable[[], bool] | None = None,
-) -> bool:
-    """Repeat ``attempt`` until it succeeds (True) or ``timeout`` seconds are over (False).
-
-    Args:
-        attempt: tried once at least.
-        timeout: seconds.
-        describe: what is waited for, as a line for people.
-        on_wait: receives that line at once and then every few seconds.
-        should_stop: polled between attempts.
-
-    Raises:
-        Interrupted: ``should_stop()`` turned true.
-    """
-    start = time.monotonic()
-    reported: float | None = None
-    while not attempt():
-        now = time.monotonic()
-        if should_stop is not None and should_stop():
-            raise Interrupted(f"stopped while {describe()}")
-        if now - start >= timeout:
-            return False
-        if on_wait is not None and (reported is None or now - reported >= _REPORT_SECONDS):
-            reported = now
-            on_wait(f"{describe()}, at most {max(0.0, timeout - (now - start)):.0f} s more")
-        time.sleep(_POLL_SECONDS)
-    return True
 
 
 def live_runs(run_dirs: Iterable[Path]) -> set[Path]:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from accel_train.config.sections import ExperimentConfig, to_dict
+from accel_train.errors import RecordError
 from accel_train.files.atomic import naming, write_atomic
 from accel_train.process.fault_points import RECORD_WRITTEN_ASIDE, SILENT, Observer
 from accel_train.runs.lock import live_runs
@@ -45,14 +46,6 @@ _CARRIED_ON = ("run_id", "created_at", "curves", "metrics", "gate", "timing")
 _PACKAGES = ("torch", "accelerate", "numpy", "scipy", "safetensors", "tokenizers", "accel_train")
 
 log = logging.getLogger(__name__)
-
-
-class RecordError(ValueError):
-    """A record that is missing, damaged, or of another format."""
-
-    def __init__(self, path: Path, rule: str) -> None:
-        self.path = path
-        super().__init__(f"{path} {rule}")
 
 
 # -- result.json ---------------------------------------------------------------------------

@@ -11,16 +11,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from accel_train.checkpoints.manifest import (
-    CheckpointError,
-    newest_sound,
-    read_manifest,
-    require_configuration,
-    require_data,
-)
+from accel_train.checkpoints.manifest import newest_sound, read_manifest, require_configuration, require_data
 from accel_train.checkpoints.state import STATE_FILE
-from accel_train.config.sections import SHARED_CORPORA, ConfigError, ExperimentConfig, config_hash
+from accel_train.config.sections import SHARED_CORPORA, ExperimentConfig, config_hash
 from accel_train.data.loader import DatasetWithIds
+from accel_train.errors import CheckpointError, ConfigError, CorpusError, TokenizerError
 from accel_train.model.generation import stream
 from accel_train.model.transformer import TransformerLM
 from accel_train.runs.directory import CONFIG_FILE, read_config
@@ -29,8 +24,8 @@ from accel_train.runs.record import read_record
 from accel_train.tasks.base import Task, Trained
 from accel_train.tasks.registry import build_task
 from accel_train.tasks.text.task import TextTask
-from accel_train.tasks.text.tokenizer import TOKENIZER_FILE, TokenizerError
-from accel_train.tasks.walks.task import CorpusError, WalksTask
+from accel_train.tasks.text.tokenizer import TOKENIZER_FILE
+from accel_train.tasks.walks.task import WalksTask
 from accel_train.training.evaluation import Share, mean_loss
 from accel_train.training.losses import fused_cross_entropy
 from accel_train.training.progress import be_silent

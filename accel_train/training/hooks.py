@@ -19,7 +19,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from accel_train.config.sections import ConfigError, HooksConfig
+from accel_train.config.sections import HooksConfig
+from accel_train.errors import ConfigError
 from accel_train.model.transformer import Block
 
 

@@ -9,22 +9,6 @@ import torch
 from torch import nn
 
 
-class NonFinite(RuntimeError):
-    """The loss or a gradient is NaN or infinite; the weights are those before that step.
-
-    Args:
-        step: 1-based number of the update that could not be made.
-        where: the first non-finite tensor.
-    """
-
-    def __init__(self, step: int, where: str) -> None:
-        self.step, self.where = step, where
-        super().__init__(
-            f"training stopped at step {step}: the loss or a gradient is not finite; first: {where}. "
-            "Checkpoints of earlier steps are intact; a lower training.learning_rate or a look at that data may help"
-        )
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether there was not enough memory, on whatever device: torch raises a plain ``RuntimeError`` on the CPU."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from accel_train.config.sections import ConfigError, TrainingConfig
+from accel_train.config.sections import TrainingConfig
 from accel_train.data.permutation import GlobalBatchSampler
+from accel_train.errors import ConfigError
 from accel_train.training.schedule import cosine_with_warmup, warmup_steps
 
 

@@ -24,16 +24,16 @@ from accelerate.utils import send_to_device, set_seed
 from torch import nn
 
 from accel_train.checkpoints.checkpointer import Checkpointer, derive_rank_seed
-from accel_train.checkpoints.manifest import CheckpointError, require_data
+from accel_train.checkpoints.manifest import require_data
 from accel_train.checkpoints.state import TrainingState
 from accel_train.config.sections import CheckpointConfig, TrainingConfig, canonical_json, result_values
 from accel_train.data.loader import DatasetWithIds, build_loader, count_tokens
 from accel_train.data.on_device import resident
+from accel_train.errors import CheckpointError, Interrupted, LostPeer, NonFinite, PeerFailed, Preempted
 from accel_train.process.fault_points import EVALUATION_BEGUN, SILENT, STEP_DONE, Observer
 from accel_train.process.malloc import keep_freed_memory
 from accel_train.process.signals import StopSignal
 from accel_train.process.stopwatch import Stopwatch
-from accel_train.process.work import Interrupted
 from accel_train.ranks.accelerator import (
     arithmetic,
     build_accelerator,
@@ -42,14 +42,14 @@ from accel_train.ranks.accelerator import (
     preserved_random_state,
     warm_up_buckets,
 )
-from accel_train.ranks.coordinator import Coordinator, PeerFailed
-from accel_train.ranks.store import LostPeer, first_line, is_lost_peer
+from accel_train.ranks.coordinator import Coordinator
+from accel_train.ranks.store import first_line, is_lost_peer
 from accel_train.training.callbacks import Callback, LoopState, overriding
 from accel_train.training.evaluation import Share, mean_loss
 from accel_train.training.hooks import Hooks
 from accel_train.training.loss_buffer import Ledger
 from accel_train.training.losses import next_token_cross_entropy
-from accel_train.training.non_finite import NonFinite, first_bad_tensor
+from accel_train.training.non_finite import first_bad_tensor
 from accel_train.training.optimizer import build_optimizer
 from accel_train.training.plan import Plan
 from accel_train.training.step import LossFunction, Outcome, Step
@@ -61,14 +61,6 @@ Evaluator = Callable[[nn.Module, LoopState, Callable[[], bool]], dict[str, Any]]
 model; returns JSON values. ``"passed": True`` marks the checkpoint to keep, ``"stop": True`` ends
 training, ``"samples"`` are handed to the callbacks and not kept in the state. The training's random
 states are put back after it."""
-
-
-class Preempted(Exception):
-    """Training was asked to stop; everything up to ``step`` is in a checkpoint if there is a run directory."""
-
-    def __init__(self, step: int, reason: str) -> None:
-        self.step = step
-        super().__init__(f"stopped after step {step} ({reason})")
 
 
 class Trainer:

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from accel_train.commands.main import train_main
-from accel_train.process.work import Interrupted
+from accel_train.errors import Interrupted
 from accel_train.tasks.walks.task import WalksTask
 
 _evaluate = WalksTask.evaluate

@@ -127,7 +127,7 @@ import json, os, sys
 from pathlib import Path
 import torch
 from accel_train.config.sections import CheckpointConfig, TrainingConfig
-from accel_train.training.non_finite import NonFinite
+from accel_train.errors import NonFinite
 from accel_train.training.plan import Plan
 from accel_train.training.trainer import Trainer
 rank, world, step = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["BAD_STEP"])

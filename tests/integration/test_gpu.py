@@ -19,13 +19,13 @@ from harness import ACCELERATE, ROOT, TINY, outcome, record, write_config
 from accel_train.config.sections import ModelConfig, TrainingConfig
 from accel_train.data.on_device import resident
 from accel_train.data.windows import WalkDataset
+from accel_train.errors import NonFinite
 from accel_train.model import generation
 from accel_train.model.cuda_graph import capture as record_graph
 from accel_train.model.generation import generate
 from accel_train.model.transformer import TransformerLM
 from accel_train.training.callbacks import Callback
 from accel_train.training.losses import next_token_cross_entropy
-from accel_train.training.non_finite import NonFinite
 from accel_train.training.trainer import Trainer
 
 pytestmark = [

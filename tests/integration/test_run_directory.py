@@ -19,7 +19,7 @@ from harness import ROOT, TINY, Shown, checkpoints, command, environment, metric
 from accel_train.checkpoints.manifest import read_manifest, verify
 from accel_train.config.sections import TrainingConfig
 from accel_train.data.windows import WalkDataset
-from accel_train.ranks.coordinator import PeerFailed
+from accel_train.errors import PeerFailed
 from accel_train.runs.record import load_schema, load_sufficient_runs
 from accel_train.runs.use import load_model
 from accel_train.training.losses import next_token_cross_entropy
@@ -179,7 +179,7 @@ def test_a_run_that_diverges_is_recorded_and_its_last_checkpoint_is_sound(train,
 
 def test_a_failure_of_another_rank_is_recorded(train, results: Path, monkeypatch) -> None:
     def fit(_trainer: Trainer) -> None:
-        raise PeerFailed(1, "checkpoint files", "No space left on device", "OSError")
+        raise PeerFailed(1, "checkpoint files", "OSError: No space left on device")
 
     monkeypatch.setattr(Trainer, "fit", fit)
     shown = train()

@@ -16,8 +16,8 @@ from warm import fork
 
 from accel_train.commands.main import parse_config
 from accel_train.config.sections import to_dict
+from accel_train.errors import Interrupted
 from accel_train.files.atomic import sha256_file
-from accel_train.process.work import Interrupted
 from accel_train.runs.record import load_schema
 from accel_train.tasks.text import preparation as preparation_module
 from accel_train.tasks.text.preparation import Preparation

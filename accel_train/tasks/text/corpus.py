@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from accel_train.process.work import Interrupted
+from accel_train.errors import Interrupted
 from accel_train.tasks.text.normalize import unify_line_ends
 
 BLOCK_BYTES = 1 << 20

@@ -20,27 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accel_train.errors import DownloadError, Interrupted
 from accel_train.files.atomic import naming
-from accel_train.process.work import Interrupted, abandonable
+from accel_train.process.work import abandonable
 
 _BLOCK_BYTES = 1 << 18
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 _POLL_SECONDS = 0.1
 
 StopCheck = Callable[[], bool]
-
-
-class DownloadError(OSError):
-    """A file could not be fetched.
-
-    Args:
-        url: its address.
-        rule: what went wrong, and what to do.
-    """
-
-    def __init__(self, url: str, rule: str) -> None:
-        self.url, self.rule = url, rule
-        super().__init__(f"{url} {rule}")
 
 
 class _Again(Exception):

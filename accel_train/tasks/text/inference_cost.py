@@ -25,10 +25,10 @@ import yaml
 from safetensors.torch import load_file
 
 from accel_train.config.sections import ExperimentConfig, from_dict
+from accel_train.errors import Interrupted
 from accel_train.model.generation import stream
 from accel_train.model.transformer import TransformerLM
 from accel_train.process.signals import tied_to_this_process
-from accel_train.process.work import Interrupted
 from accel_train.tasks.text.tokenizer import TOKENIZER_FILE, TextTokenizer
 
 WARM_UP_TOKENS = 32

@@ -11,12 +11,13 @@ import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from accel_train.config.sections import ConfigError, ExperimentConfig, canonical_json
+from accel_train.config.sections import ExperimentConfig, canonical_json
 from accel_train.data.windows import Ranges, count_windows, split_corpus
+from accel_train.errors import ConfigError, Interrupted
 from accel_train.files.shared import cached, damage
 from accel_train.process.console import Meter
 from accel_train.process.fault_points import SILENT, Observer
-from accel_train.process.work import Interrupted, abandonable
+from accel_train.process.work import abandonable
 from accel_train.tasks.text.builtin import BUILTIN, builtin_text
 from accel_train.tasks.text.corpus import Corpus, UnusableCorpus, check_corpus, find_files
 from accel_train.tasks.text.download import download, is_url

@@ -21,9 +21,10 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
-from accel_train.config.sections import ConfigError, ExperimentConfig, canonical_json
+from accel_train.config.sections import ExperimentConfig, canonical_json
 from accel_train.data.permutation import Ids
 from accel_train.data.windows import WindowDataset
+from accel_train.errors import ConfigError
 from accel_train.files.atomic import sha256_file
 from accel_train.files.shared import INDEX_FILE
 from accel_train.model import size as memory

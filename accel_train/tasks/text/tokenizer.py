@@ -22,6 +22,7 @@ import numpy.typing as npt
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.trainers import BpeTrainer, UnigramTrainer
 
+from accel_train.errors import TokenizerError
 from accel_train.tasks.text.normalize import ALPHABET, UNKNOWN
 
 Kind = Literal["char", "bpe", "unigram"]
@@ -50,10 +51,6 @@ class VocabularyError(ValueError):
     def __init__(self, wanted: int, possible: int) -> None:
         self.wanted, self.possible = wanted, possible
         super().__init__(f"a vocabulary of {wanted} was asked for, and the text gives {possible} at most")
-
-
-class TokenizerError(ValueError):
-    """A file that is no tokenizer of this project."""
 
 
 class TextTokenizer:

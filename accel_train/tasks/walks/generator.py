@@ -24,8 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array, diags_array
 
-from accel_train.config.sections import ConfigError
-from accel_train.process.work import Interrupted
+from accel_train.errors import ConfigError, Interrupted
 from accel_train.tasks.walks.graph import Graph
 from accel_train.tasks.walks.rules import Rule
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
-from accel_train.config.sections import ConfigError, GraphConfig
+from accel_train.config.sections import GraphConfig
+from accel_train.errors import ConfigError
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from accel_train.config.sections import ConfigError, RulesConfig
+from accel_train.config.sections import RulesConfig
+from accel_train.errors import ConfigError
 from accel_train.tasks.walks.graph import Graph
 
 

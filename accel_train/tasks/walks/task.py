@@ -21,8 +21,9 @@ import torch
 from scipy.sparse import save_npz
 from torch import nn
 
-from accel_train.config.sections import ConfigError, ExperimentConfig, canonical_json, result_values
+from accel_train.config.sections import ExperimentConfig, canonical_json, result_values
 from accel_train.data.windows import WalkDataset
+from accel_train.errors import ConfigError, CorpusError
 from accel_train.files.shared import cached
 from accel_train.model.generation import generate
 from accel_train.process.console import Meter
@@ -37,10 +38,6 @@ from accel_train.tasks.walks.rules import Rule, designate_rules
 # Part of the cache key: raise it when the same configuration would give other walks.
 _CORPUS_VERSION = 1
 _GRAPH, _RULES, _TRAIN, _HELD_OUT, _BLIND, _SAMPLED = range(6)
-
-
-class CorpusError(RuntimeError):
-    """A corpus that breaks its own rules: training on it could not pass the gate."""
 
 
 class WalksTask:

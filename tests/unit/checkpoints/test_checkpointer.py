@@ -17,17 +17,10 @@ from safetensors import SafetensorError
 
 from accel_train.checkpoints import checkpointer as module
 from accel_train.checkpoints.checkpointer import derive_rank_seed, rng_digest
-from accel_train.checkpoints.manifest import (
-    CheckpointError,
-    NewerFormat,
-    list_checkpoints,
-    newest_sound,
-    survey,
-    verify,
-    write_manifest,
-)
+from accel_train.checkpoints.manifest import list_checkpoints, newest_sound, survey, verify, write_manifest
 from accel_train.checkpoints.state import TrainingState
 from accel_train.config.sections import CheckpointConfig, TrainingConfig, canonical_json
+from accel_train.errors import CheckpointError, NewerFormat
 from accel_train.process.fault_points import COMMIT_BEGUN, Observer
 from accel_train.training.callbacks import Callback
 from accel_train.training.trainer import Trainer

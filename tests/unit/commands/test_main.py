@@ -11,14 +11,8 @@ from pathlib import Path
 import pytest
 
 from accel_train.commands.main import main, parse_config, train_main
-from accel_train.config.sections import (
-    ConfigError,
-    EarlierRun,
-    ExperimentConfig,
-    TrainingConfig,
-    config_hash,
-    experiment_id,
-)
+from accel_train.config.sections import EarlierRun, ExperimentConfig, TrainingConfig, config_hash, experiment_id
+from accel_train.errors import ConfigError
 from accel_train.runs.lock import RunLock
 from accel_train.runs.record import new_record, write_record
 

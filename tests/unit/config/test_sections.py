@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from accel_train.config.sections import (
     CheckpointConfig,
-    ConfigError,
     ExperimentConfig,
     GateConfig,
     GraphConfig,
@@ -33,6 +32,7 @@ from accel_train.config.sections import (
     run_directory,
     to_dict,
 )
+from accel_train.errors import ConfigError
 
 SECTIONS = {
     "graph": GraphConfig,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from accel_train.errors import Interrupted
 from accel_train.files import shared as cache
 from accel_train.files.shared import INDEX_FILE, cached, damage
-from accel_train.process.work import Interrupted
 
 BUILD_AND_STALL = """
 import sys

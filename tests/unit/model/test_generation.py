@@ -3,10 +3,10 @@ import torch
 from torch import nn
 
 from accel_train.config.sections import ModelConfig
+from accel_train.errors import Interrupted
 from accel_train.model import generation, transformer
 from accel_train.model.generation import _PlainLogits, _sample, _Sampling, default_batch, generate, stream
 from accel_train.model.transformer import TransformerLM
-from accel_train.process.work import Interrupted
 
 VOCAB, CONTEXT = 11, 12
 CPU = torch.device("cpu")

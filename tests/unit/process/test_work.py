@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from accel_train.process.work import Interrupted, abandonable
+from accel_train.errors import Interrupted
+from accel_train.process.work import abandonable
 
 
 def never() -> bool:

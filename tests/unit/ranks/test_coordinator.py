@@ -22,9 +22,10 @@ PRELUDE = """
 import json, os, signal, sys, time
 from datetime import timedelta
 import torch.distributed as dist
-from accel_train.process.work import Interrupted
-from accel_train.ranks.store import LostPeer
-from accel_train.ranks.coordinator import Coordinator, PeerFailed
+from accel_train.errors import Interrupted
+from accel_train.errors import LostPeer
+from accel_train.ranks.coordinator import Coordinator
+from accel_train.errors import PeerFailed
 from accel_train.process.signals import StopSignal
 dist.init_process_group("gloo", timeout=timedelta(seconds=20))
 rank = dist.get_rank()
@@ -126,12 +127,12 @@ try:
     else:
         coordinator.gather("checkpoint files", rank)
 except PeerFailed as error:
-    report(text=str(error), kind=error.kind)
+    report(text=str(error), code=error.exit_code)
 time.sleep(1)
 """
     outputs = finish(start(body, 2, CULPRIT=str(culprit)))
     heard = f"rank {culprit} failed (waiting for 'checkpoint files'): OSError: disk full"
-    assert outputs[1 - culprit] == [{"text": heard, "kind": "OSError"}]
+    assert outputs[1 - culprit] == [{"text": heard, "code": 1}]
     assert outputs[culprit] == [{"left": True}]
 
 

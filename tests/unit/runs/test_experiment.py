@@ -16,7 +16,6 @@ import pytest
 
 from accel_train.checkpoints.manifest import list_checkpoints
 from accel_train.config.sections import (
-    ConfigError,
     ExperimentConfig,
     GateConfig,
     GraphConfig,
@@ -28,7 +27,7 @@ from accel_train.config.sections import (
     WalksConfig,
     run_directory,
 )
-from accel_train.process.work import Interrupted
+from accel_train.errors import ConfigError, Interrupted
 from accel_train.runs.experiment import run
 from accel_train.runs.initial_weights import resolve_init
 from accel_train.runs.recorder import RecordKeeper

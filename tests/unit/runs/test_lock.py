@@ -12,9 +12,9 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from accel_train.process.work import Interrupted
+from accel_train.errors import Interrupted, RunLocked
 from accel_train.runs import lock as lock_module
-from accel_train.runs.lock import LOCK_FILE, OWNER_FILE, Owner, RunLock, RunLocked, live_runs, read_owner
+from accel_train.runs.lock import LOCK_FILE, OWNER_FILE, Owner, RunLock, live_runs, read_owner
 
 HOLD = """
 import sys, time
@@ -107,7 +107,7 @@ def test_live_process_is_named_with_host_job_and_start(tmp_path, holder):
     with pytest.raises(RunLocked) as caught:
         RunLock(tmp_path, timeout=0.2).acquire()
 
-    owner = caught.value.owner
+    owner = read_owner(tmp_path)
     assert (owner.pid, owner.host, owner.job) == (holder.process.pid, socket.gethostname(), "77")
     for part in (str(tmp_path), str(holder.process.pid), socket.gethostname(), "job 77", owner.started_at):
         assert part in str(caught.value)
@@ -206,7 +206,7 @@ def test_lock_of_another_host_holds_while_its_counter_moves(tmp_path):
     with pytest.raises(RunLocked) as caught:
         RunLock(tmp_path, timeout=1.5, stale_after=0.5, should_stop=heartbeat).acquire()
     assert next(counter) > 3
-    assert caught.value.owner.host == "elsewhere"
+    assert "on host elsewhere" in str(caught.value)
 
 
 def test_wall_clocks_are_not_compared(tmp_path):

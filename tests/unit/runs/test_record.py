@@ -12,13 +12,13 @@ import pytest
 
 from accel_train import __version__
 from accel_train.config.sections import ExperimentConfig, config_hash, experiment_id, to_dict
+from accel_train.errors import RecordError
 from accel_train.runs.lock import RunLock
 from accel_train.runs.record import (
     METRICS_FILE,
     RECORD_FILE,
     STATUS_CODES,
     MetricsLog,
-    RecordError,
     cut_back_samples,
     git_state,
     list_runs,

@@ -9,11 +9,12 @@ import pytest
 import torch
 from rank_processes import finish, start_ranks
 
-from accel_train.checkpoints.manifest import CheckpointError, list_checkpoints
+from accel_train.checkpoints.manifest import list_checkpoints
 from accel_train.config.sections import CheckpointConfig, TrainingConfig
+from accel_train.errors import CheckpointError, Preempted
 from accel_train.training.callbacks import Callback
 from accel_train.training.losses import next_token_cross_entropy
-from accel_train.training.trainer import Preempted, Trainer
+from accel_train.training.trainer import Trainer
 
 SMALL = TrainingConfig(max_epochs=3, batch_size=8, learning_rate=1e-2, log_interval=2)
 
@@ -148,7 +149,8 @@ SCRIPT = """
 import json, os, signal
 import torch
 from accel_train.config.sections import TrainingConfig
-from accel_train.training.trainer import Preempted, Trainer
+from accel_train.training.trainer import Trainer
+from accel_train.errors import Preempted
 rank = int(os.environ["RANK"])
 torch.manual_seed(0)
 tokens = torch.randint(0, 11, (39, 6))

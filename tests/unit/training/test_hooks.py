@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from accel_train.config.sections import ConfigError, HooksConfig, ModelConfig
+from accel_train.config.sections import HooksConfig, ModelConfig
+from accel_train.errors import ConfigError
 from accel_train.model.generation import generate
 from accel_train.model.transformer import TransformerLM
 from accel_train.training.hooks import ForwardHook, build_hooks

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from accel_train.config.sections import CheckpointConfig, TrainingConfig
+from accel_train.errors import NonFinite
 from accel_train.ranks.accelerator import build_accelerator
 from accel_train.training.callbacks import Callback
 from accel_train.training.hooks import Hooks
-from accel_train.training.non_finite import NonFinite
 from accel_train.training.trainer import Trainer
 from accel_train.training.update import Mechanics
 

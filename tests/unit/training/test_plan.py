@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accel_train.config.sections import ConfigError, TrainingConfig
+from accel_train.config.sections import TrainingConfig
+from accel_train.errors import ConfigError
 from accel_train.training.plan import Plan
 
 

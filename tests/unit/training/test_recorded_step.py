@@ -13,10 +13,10 @@ from accel_train.config.sections import ModelConfig, TrainingConfig
 from accel_train.data.loader import DatasetWithIds
 from accel_train.data.on_device import ResidentSamples
 from accel_train.data.windows import WalkDataset
+from accel_train.errors import NonFinite
 from accel_train.model.transformer import TransformerLM
 from accel_train.training import recorded_step as recorded
 from accel_train.training.losses import fused_cross_entropy, next_token_cross_entropy
-from accel_train.training.non_finite import NonFinite
 from accel_train.training.recorded_step import RecordedStep, why_not
 from accel_train.training.trainer import Trainer
 

@@ -11,7 +11,7 @@ import torch
 from accel_train.config.sections import TrainingConfig
 from accel_train.training.losses import next_token_cross_entropy
 from accel_train.training.trainer import Trainer
-from accel_train.training.non_finite import NonFinite
+from accel_train.errors import NonFinite
 rank = int(os.environ["RANK"])
 torch.manual_seed(0)
 tokens = torch.randint(0, 11, (40, 6))
@@ -44,8 +44,8 @@ import threading, time
 from accel_train.config.sections import CheckpointConfig
 from accel_train.checkpoints import checkpointer as checkpoint
 from accel_train.training.callbacks import Callback
-from accel_train.ranks.coordinator import PeerFailed
-from accel_train.checkpoints.manifest import CheckpointError
+from accel_train.errors import PeerFailed
+from accel_train.errors import CheckpointError
 failed = threading.Event()
 def full(path, header):
     failed.set()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from accel_train.process.work import Interrupted
+from accel_train.errors import Interrupted
 from accel_train.tasks.text import corpus as module
 from accel_train.tasks.text.builtin import builtin_text
 from accel_train.tasks.text.corpus import Corpus, UnusableCorpus, check_corpus, find_files

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from web import Request, Web, fails, gives, redirects, stalls, truncates
 
-from accel_train.process.work import Interrupted
+from accel_train.errors import DownloadError, Interrupted
 from accel_train.tasks.text import download as module
-from accel_train.tasks.text.download import DownloadError, download, is_url
+from accel_train.tasks.text.download import download, is_url
 
 CONTENT = bytes(itertools.islice(itertools.cycle(range(256)), 1_000_000))
 DIGEST = hashlib.sha256(CONTENT).hexdigest()

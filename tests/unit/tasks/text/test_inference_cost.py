@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import save_file
 
 from accel_train.config.sections import ExperimentConfig, ModelConfig, TextConfig
+from accel_train.errors import Interrupted
 from accel_train.model.transformer import TransformerLM
-from accel_train.process.work import Interrupted
 from accel_train.runs.directory import dump_config
 from accel_train.tasks.text.inference_cost import DeploymentError, measure_apart, peak_rss_bytes
 from accel_train.tasks.text.tokenizer import char_tokenizer

@@ -12,17 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from accel_train.config.sections import (
-    ConfigError,
-    ExperimentConfig,
-    GateConfig,
-    ModelConfig,
-    TextConfig,
-    TrainingConfig,
-)
+from accel_train.config.sections import ExperimentConfig, GateConfig, ModelConfig, TextConfig, TrainingConfig
+from accel_train.errors import ConfigError, Interrupted
 from accel_train.files.atomic import sha256_file
 from accel_train.model.transformer import TransformerLM
-from accel_train.process.work import Interrupted
 from accel_train.tasks.base import Trained
 from accel_train.tasks.text import task as module
 from accel_train.tasks.text.inference_cost import Deployment, DeploymentError

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from accel_train.errors import TokenizerError
 from accel_train.tasks.text.builtin import builtin_text
 from accel_train.tasks.text.normalize import ALPHABET, normalize_text
 from accel_train.tasks.text.tokenizer import (
     CHAR_VOCAB_SIZE,
     SPECIAL_TOKENS,
     TextTokenizer,
-    TokenizerError,
     VocabularyError,
     char_tokenizer,
     train_tokenizer,

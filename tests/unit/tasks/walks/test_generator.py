@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from accel_train.config.sections import ConfigError, GraphConfig, RulesConfig
-from accel_train.process.work import Interrupted
+from accel_train.config.sections import GraphConfig, RulesConfig
+from accel_train.errors import ConfigError, Interrupted
 from accel_train.tasks.walks import generator
 from accel_train.tasks.walks.compliance import score
 from accel_train.tasks.walks.generator import generate_walks, random_walks

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accel_train.config.sections import ConfigError, GraphConfig
+from accel_train.config.sections import GraphConfig
+from accel_train.errors import ConfigError
 from accel_train.tasks.walks.graph import generate_graph
 
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
-from accel_train.config.sections import ConfigError, GraphConfig, RulesConfig
+from accel_train.config.sections import GraphConfig, RulesConfig
+from accel_train.errors import ConfigError
 from accel_train.tasks.walks.graph import Graph, generate_graph
 from accel_train.tasks.walks.rules import designate_rules
 

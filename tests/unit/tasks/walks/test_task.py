@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from accel_train.config.sections import ConfigError, ExperimentConfig, from_dict
-from accel_train.process.work import Interrupted
+from accel_train.config.sections import ExperimentConfig, from_dict
+from accel_train.errors import ConfigError, CorpusError, Interrupted
 from accel_train.tasks.walks.compliance import score
-from accel_train.tasks.walks.task import CorpusError, WalksTask
+from accel_train.tasks.walks.task import WalksTask
 from accel_train.training.trainer import Trainer
 
 BASE: dict[str, Any] = {
