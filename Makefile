@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 KILLS ?= 200
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test slow faults faults-net faults-slurm storm bench bench-setup lint clean
+.PHONY: help setup train test unit check slow faults faults-net faults-slurm storm bench bench-setup lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +19,12 @@ train: setup ## train the quick walk run to a passed gate, on whatever device th
 
 test: setup ## run every test but the slow lanes
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not gpu"
+
+unit: setup ## run the unit tests (about a minute on two cores)
+	$(BIN)/pytest tests/unit -q -n 3 --dist worksteal
+
+check: setup ## check style, types and unit tests, all at once (under two minutes on two cores)
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint unit
 
 slow: setup ## run what takes too long for every change, faults aside (four to six minutes on two cores)
 	$(BIN)/pytest tests/integration -n 2 --dist worksteal -m "slow and not gpu"
@@ -47,6 +53,7 @@ lint: setup ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 clean: ## remove .venv and all caches; results stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

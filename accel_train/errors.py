@@ -6,6 +6,7 @@ README is this file. Nothing of the package is imported.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -110,11 +111,11 @@ class LostPeer(RunError):
 
     Args:
         message: what was waited for, and whom, where that is known.
-        is_named: whether ``message`` says which rank it is.
+        ranks: the ranks that ``message`` names.
     """
 
-    def __init__(self, message: str, *, is_named: bool = False) -> None:
-        self.is_named = is_named
+    def __init__(self, message: str, *, ranks: Sequence[int] = ()) -> None:
+        self.ranks = tuple(ranks)
         super().__init__(message)
 
 
@@ -153,8 +154,16 @@ class CheckpointError(RunError):
     """No usable checkpoint, one that may not be used here, or one that could not be written."""
 
 
+class CheckpointsDamaged(CheckpointError):
+    """There are checkpoints, and every one is damaged."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """A sound checkpoint that belongs to another configuration, launch or data."""
+
+
 class NewerFormat(CheckpointError):
-    """A checkpoint that a newer version wrote: sound, but not for this one."""
+    """A sound checkpoint of a format that a newer version writes."""
 
 
 class CorpusError(RunError):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from bench_loops import random_dataset
 
-from accel_train.config.sections import CheckpointConfig, GraphConfig, ModelConfig, RulesConfig, TrainingConfig
+from accel_train.config.sections import CheckpointConfig, ModelConfig, TrainingConfig
 from accel_train.data.loader import DatasetWithIds
 from accel_train.model.transformer import TransformerLM
 from accel_train.tasks.text.builtin import builtin_text
@@ -23,6 +23,7 @@ from accel_train.tasks.text.inference_cost import peak_rss_bytes
 from accel_train.tasks.text.tokenizer import train_tokenizer
 from accel_train.tasks.text.tokens import write_tokens
 from accel_train.tasks.walks.compliance import score
+from accel_train.tasks.walks.config import GraphConfig, RulesConfig
 from accel_train.tasks.walks.generator import generate_walks
 from accel_train.tasks.walks.graph import generate_graph
 from accel_train.tasks.walks.rules import designate_rules
@@ -63,11 +64,10 @@ def _checkpoint(size: int, directory: Path, *, loaded: bool) -> Work:
         return again.fit
 
     def save() -> None:
-        assert first._checkpointer is not None
         first.state.step += 1
         first.state.train_loss.append(0.0)
-        first._checkpointer.save(first.state)
-        first._checkpointer.wait()
+        first._commits.save(first.state)
+        first._commits.settle()
 
     return save
 
@@ -75,8 +75,7 @@ def _checkpoint(size: int, directory: Path, *, loaded: bool) -> Work:
 def _evaluation(size: int, directory: Path) -> Work:
     """The loss of the anchor model on 128 held-out samples times the size."""
     model, dataset = TransformerLM(ModelConfig(), VOCAB), DatasetWithIds(random_dataset(128 * size, CONTEXT, VOCAB))
-    share = Share(0, 1, 64, lambda: None, lambda sums: [sums])
-    return lambda: mean_loss(model, dataset, next_token_cross_entropy, torch.device("cpu"), share)
+    return lambda: mean_loss(model, dataset, next_token_cross_entropy, torch.device("cpu"), Share(64))
 
 
 def _tokens(size: int, directory: Path) -> Work:

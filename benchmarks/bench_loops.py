@@ -24,13 +24,13 @@ from torch.nn import functional
 
 from accel_train.config.sections import ModelConfig, TrainingConfig
 from accel_train.data.permutation import GlobalBatchSampler
-from accel_train.data.windows import WalkDataset
 from accel_train.model.transformer import TransformerLM
 from accel_train.tasks.text.inference_cost import peak_rss_bytes
+from accel_train.tasks.walks.dataset import WalkDataset
 from accel_train.training.callbacks import Callback, LoopState
 from accel_train.training.hooks import Hooks
-from accel_train.training.loss_buffer import Ledger
-from accel_train.training.schedule import cosine_with_warmup, warmup_steps
+from accel_train.training.loss_buffer import LossBuffer
+from accel_train.training.optimizer import cosine_with_warmup, warmup_steps
 from accel_train.training.trainer import Trainer
 
 Figures = dict[str, Any]
@@ -218,12 +218,12 @@ def _overhead(shape: ModelConfig, vocab_size: int, *, block: int, rounds: int) -
 
 def _switched_off(step_ms: float) -> Figures:
     """What is done in every step for losses, callbacks and hooks that nobody asked for, as a part of a step."""
-    ledger = Ledger(1000, 1, 1, lambda tensor: tensor, torch.device("cpu"))
+    buffer = LossBuffer(1000, 1, 1, lambda tensor: tensor, torch.device("cpu"))
     loss, positions, hooks = torch.zeros(()), np.arange(64), Hooks(nn.Identity(), {}, {})
     callbacks: list[Callable[[], None]] = []
 
     def record() -> None:
-        ledger.enter(loss, positions, positions)
+        buffer.add(loss, positions, positions)
 
     def switched_off() -> None:
         for call in callbacks:
@@ -238,7 +238,7 @@ def _switched_off(step_ms: float) -> Figures:
             for _ in range(calls):
                 action()
             rounds.append(time.perf_counter() - began)
-            ledger.settle()
+            buffer.collect()
         return 1e6 * statistics.median(rounds) / calls
 
     recording, nothing = microseconds(record), microseconds(switched_off)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+BENCH = Path(__file__).resolve().with_name("bench.py")
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- make bench: begin -->", "<!-- make bench: end -->"
 
@@ -87,7 +88,7 @@ ON_A_GPU = {"gpu", "gpu_gate"}
 
 def measure(name: str) -> Figures:
     """Run one benchmark; fails as it fails."""
-    line = [sys.executable, str(ROOT / "scripts" / "bench.py"), name, "--json"]
+    line = [sys.executable, str(BENCH), name, "--json"]
     done = subprocess.run(line, cwd=ROOT, check=False, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"bench_report.py: the benchmark {name} failed (exit {done.returncode})")

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_model
 
-from accel_train.commands.main import parse_config
+from accel_train.config.parse import parse_config
 from accel_train.model.transformer import TransformerLM
 from accel_train.runs.directory import CONFIG_FILE, dump_config
 from accel_train.runs.initial_weights import WEIGHTS
+from accel_train.tasks.registry import config_class
 from accel_train.tasks.text.builtin import builtin_text
 from accel_train.tasks.text.corpus import check_corpus
 from accel_train.tasks.text.inference_cost import measure_apart, peak_rss_bytes
@@ -27,8 +28,9 @@ from accel_train.tasks.text.tokens import write_tokens
 from accel_train.training.losses import fused_cross_entropy, next_token_cross_entropy
 from accel_train.training.optimizer import build_optimizer
 
-EXAMPLE = parse_config(["--config", str(Path(__file__).parents[1] / "examples" / "text_default.yaml")])[0]
-MODEL, VOCAB = EXAMPLE.model, EXAMPLE.text.vocab_size
+FILE = Path(__file__).parents[1] / "examples" / "text_default.yaml"
+EXAMPLE = parse_config(["--config", str(FILE)], config_class)[0]
+MODEL, VOCAB = EXAMPLE.model, EXAMPLE.section.vocab_size
 CONTEXT, BATCH = MODEL.max_seq_len, EXAMPLE.training.batch_size
 ORIGINAL_TOKENS_PER_SECOND = 5200
 """Of the trainer that this one replaces, measured on the same kind of machine."""

@@ -16,4 +16,4 @@ fi
 # What is installed beside the interpreter, such as accelerate, without an activated environment.
 case $python in */*) export PATH="$(cd "$(dirname "$python")" && pwd):$PATH" ;; esac
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-exec "$python" -m accel_train.pipeline.run "$@"
+exec "$python" -m accel_train.pipeline.command "$@"

@@ -1,41 +1,35 @@
-"""Checkpoints that are complete or absent: written aside, digested, then renamed into place.
+"""Saving and loading of checkpoints, each a sealed directory (see :mod:`accel_train.files.sealed`).
 
-    checkpoints/.tmp-step_0001250-<nonce>/   written by all ranks, may be torn
+    checkpoints/.tmp-step_0001250-<nonce>/   being written by all ranks
     checkpoints/step_0001250/                after manifest, fsync and rename: complete
 
-The ranks train on as soon as all of them have written their files; digests, fsync, rename and
-rotation follow in a thread of the main process, in which there is no collective. One save at most is
-in flight: the next one, the end of training and every exit wait for it.
+All ranks train on as soon as each has written its files; digests, fsync, rename and rotation follow in
+a thread of the main process, which uses no collective. At most one save is in flight: the next save,
+the end of training and every exit wait for it.
 
-Loading trusts nothing that the manifest does not vouch for: Accelerate swallows errors when it
-restores random states, so what is live afterwards is compared with what was live when the
-checkpoint was written. Accelerate's own files are unpickled with ``weights_only=True``, so one
-from a stranger cannot run code; ours are JSON and safetensors.
+Accelerate swallows errors when it restores random states, so after loading the live random states are
+compared with the digests in the manifest. Accelerate unpickles its own files with ``weights_only=True``,
+so a file from a stranger cannot run code; ours are JSON and safetensors.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import pickle
-import random
-import secrets
 import shutil
 import sys
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 
 from accel_train.checkpoints.manifest import (
-    TEMPORARY,
     list_checkpoints,
     newest_sound,
     read_manifest,
@@ -43,21 +37,14 @@ from accel_train.checkpoints.manifest import (
     step_directory,
     write_manifest,
 )
+from accel_train.checkpoints.random_states import derive_rank_seed, rng_digest
 from accel_train.checkpoints.state import TrainingState
 from accel_train.config.sections import CheckpointConfig
-from accel_train.errors import CheckpointError
-from accel_train.files.atomic import fsync_directory, fsync_file
-from accel_train.process.fault_points import (
-    COMMIT_BEGUN,
-    COMMIT_RENAMED,
-    COMMIT_SEALED,
-    ROTATION_RENAMED,
-    SAVE_BEGUN,
-    SAVE_HALF_WRITTEN,
-    SAVE_WRITTEN,
-    SILENT,
-    Observer,
-)
+from accel_train.errors import CheckpointError, CheckpointMismatch
+from accel_train.files.atomic import fsync_file
+from accel_train.files.sealed import commit, leftovers, retire, temporary_path
+from accel_train.process import fault_points
+from accel_train.process.work import pass_by
 from accel_train.ranks.coordinator import Coordinator
 from accel_train.ranks.store import is_lost_peer
 
@@ -66,7 +53,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def _no_crc32() -> Iterator[None]:
-    """Without torch's CRC32 of every tensor, for which training would have to wait: the manifest has a SHA-256."""
+    """Turn off torch's CRC32 of every tensor, for which training would have to wait: the manifest has a SHA-256."""
     if not hasattr(torch.serialization, "set_crc32_options"):
         yield
         return
@@ -76,26 +63,6 @@ def _no_crc32() -> Iterator[None]:
         yield
     finally:
         torch.serialization.set_crc32_options(before)
-
-
-def rng_digest(device: torch.device) -> str:
-    """SHA-256 of the random states that this process draws from: Python, NumPy, torch, and its GPU's.
-
-    Those of other visible GPUs are left out: their number may differ from launch to launch.
-    """
-    digest = hashlib.sha256(repr(random.getstate()).encode())
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - the global state is what is saved
-    digest.update(repr((name, rest)).encode() + np.asarray(keys).tobytes())
-    digest.update(torch.get_rng_state().numpy().tobytes())
-    if device.type == "cuda":
-        digest.update(torch.cuda.get_rng_state(device).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def derive_rank_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of a rank that has no saved random state: a new rank after a change of world size."""
-    digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
-    return int.from_bytes(digest[:4], "little")
 
 
 class Checkpointer:
@@ -111,7 +78,7 @@ class Checkpointer:
         extra_files: small files stored in every checkpoint (name to content).
         logs: files beside the checkpoints that must be on disk before a checkpoint counts; they may be missing.
         restart: start over when every checkpoint is damaged, instead of refusing.
-        observer: hears of every point at which a fault may fall.
+        reached: called with every fault point (see :mod:`accel_train.process.fault_points`).
     """
 
     def __init__(
@@ -126,7 +93,7 @@ class Checkpointer:
         extra_files: Mapping[str, bytes] | None = None,
         logs: Sequence[Path] = (),
         restart: bool = False,
-        observer: Observer = SILENT,
+        reached: Callable[[str], None] = pass_by,
     ) -> None:
         self.directory = directory
         self._accelerator = accelerator
@@ -137,7 +104,7 @@ class Checkpointer:
         self._extra_files = dict(extra_files or {})
         self._logs = tuple(logs)
         self._restart = restart
-        self._observer = observer
+        self._reached = reached
         self._newest: int | None = None
         self._state: TrainingState | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-commit")
@@ -147,11 +114,13 @@ class Checkpointer:
     # -- saving ----------------------------------------------------------------------------
 
     def save(self, state: TrainingState) -> Path:
-        """Write ``state`` and everything Accelerate holds, and have it committed in the background.
+        """Write ``state`` and everything that Accelerate holds, and commit it in the background.
 
-        Returns the path under which the checkpoint will stand; :meth:`wait` makes sure that it does.
         Waits for the save before. A checkpoint of the same step that this launch wrote or loaded is
         kept, not rewritten.
+
+        Returns:
+            The checkpoint's path, which exists after :meth:`wait`.
 
         Raises:
             CheckpointError: this save could not be written, or the one before could not be committed
@@ -161,14 +130,14 @@ class Checkpointer:
         target = self.directory / step_directory(state.step)
         if self._newest == state.step:
             return target
-        nonce = self._coordinator.main_phase("commit of the checkpoint before", lambda _: self._make_way())
-        temporary = self.directory / f"{TEMPORARY}{target.name}-{nonce}"
-        self._observer.reached(SAVE_BEGUN)
+        phase = "commit of the checkpoint before"
+        temporary = self.directory / self._coordinator.main_phase(phase, lambda _: self._make_way(target))
+        self._reached(fault_points.SAVE_BEGUN)
         self._write(temporary, state)
         if not self._coordinator.is_main:
             for file in temporary.glob(f"random_states_{self._coordinator.rank}.*"):
                 fsync_file(file)
-        self._observer.reached(SAVE_WRITTEN)
+        self._reached(fault_points.SAVE_WRITTEN)
         rng = self._coordinator.gather("checkpoint files", rng_digest(self._accelerator.device))
         if self._coordinator.is_main:
             header = {
@@ -199,16 +168,16 @@ class Checkpointer:
 
     @property
     def failure(self) -> BaseException | None:
-        """Why the save in flight could not be committed, as soon as that is known; never waits."""
+        """The error of the save in flight, as soon as it is known; never waits."""
         return self._commit.exception() if self._commit is not None and self._commit.done() else None
 
     def close(self) -> None:
-        """Wait for the save in flight on the way out, on this rank alone; its failure is only logged."""
+        """Wait for the save in flight, on this rank alone; its failure is only logged."""
         leaving_with = sys.exception()
         try:
             self._join()
         except Exception as error:
-            # What ends the run is told by whoever catches it.
+            # Whoever catches the error that ends the run reports it.
             if error is not leaving_with:
                 log.error("%s", error)
 
@@ -222,9 +191,9 @@ class Checkpointer:
             if self._commit.done():
                 self._commit = None
 
-    def _make_way(self) -> str:
+    def _make_way(self, target: Path) -> str:
         self._join()
-        return secrets.token_hex(4)
+        return temporary_path(target).name
 
     def _write(self, temporary: Path, state: TrainingState) -> None:
         self._state = state
@@ -234,7 +203,7 @@ class Checkpointer:
         except (OSError, RuntimeError, SafetensorError) as error:
             if is_lost_peer(error):
                 raise
-            # A full disk comes as any of these. What was written would only keep it full.
+            # A full disk raises any of these. What was written would only keep it full.
             raise self._given_up(temporary, state.step, error) from error
         finally:
             self._state = None
@@ -246,22 +215,21 @@ class Checkpointer:
         self._state.save(directory)
         for name, content in self._extra_files.items():
             (directory / name).write_bytes(content)
-        self._observer.reached(SAVE_HALF_WRITTEN)
+        self._reached(fault_points.SAVE_HALF_WRITTEN)
 
     def _finish(self, temporary: Path, target: Path, header: Mapping[str, Any], kept: Container[int | None]) -> None:
-        """Digest, seal, rename, rotate; in the background, on the main process."""
+        """Digest, seal, rename and rotate; in the background, on the main process."""
         try:
-            self._observer.reached(COMMIT_BEGUN)
+            self._reached(fault_points.COMMIT_BEGUN)
             for file in self._logs:
                 if file.exists():
                     fsync_file(file)
             write_manifest(temporary, header)
-            self._observer.reached(COMMIT_SEALED)
-            temporary.rename(target)
-            fsync_directory(self.directory)
+            self._reached(fault_points.COMMIT_SEALED)
+            commit(temporary, target)
         except OSError as error:
             raise self._given_up(temporary, header["step"], error) from error
-        self._observer.reached(COMMIT_RENAMED)
+        self._reached(fault_points.COMMIT_RENAMED)
         self._rotate(kept)
 
     def _given_up(self, temporary: Path, step: int, error: Exception) -> CheckpointError:
@@ -275,11 +243,9 @@ class Checkpointer:
     def _rotate(self, kept: Container[int | None]) -> None:
         for step, path in list_checkpoints(self.directory)[: -self._config.keep_last]:
             if step not in kept:
-                # Renamed first: a kill in the middle of the removal leaves no torn checkpoint.
-                doomed = path.with_name(f"{TEMPORARY}rotated-{path.name}-{secrets.token_hex(4)}")
                 try:
-                    path.rename(doomed)
-                    self._observer.reached(ROTATION_RENAMED)
+                    doomed = retire(path)
+                    self._reached(fault_points.ROTATION_RENAMED)
                     shutil.rmtree(doomed)
                 except OSError as error:
                     # The new checkpoint counts already; the next launch sweeps what is left.
@@ -288,12 +254,14 @@ class Checkpointer:
     # -- loading ---------------------------------------------------------------------------
 
     def load(self) -> TrainingState | None:
-        """Restore the newest sound checkpoint into the prepared objects; None when there is none.
+        """Restore the newest sound checkpoint into the prepared objects and return its state; None without any.
 
         The main process sweeps leftovers and chooses; all ranks load its choice.
 
         Raises:
-            CheckpointError: all are damaged, or the choice may not be used here.
+            CheckpointsDamaged: there are checkpoints, and every one is damaged.
+            CheckpointMismatch: the newest belongs to another configuration, or its random states cannot be restored.
+            CheckpointError: it cannot be loaded.
         """
         name = self._coordinator.main_phase("choice of the checkpoint", lambda _: self._choose())
         if name is None:
@@ -315,13 +283,12 @@ class Checkpointer:
 
     def _choose(self) -> str | None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        for leftover in self.directory.glob(f"{TEMPORARY}*"):
+        for _, leftover in leftovers(self.directory):
             shutil.rmtree(leftover)
-        path = newest_sound(self.directory, full=self._config.verify == "full", set_aside=True, restart=self._restart)
+        path = newest_sound(self.directory, full=self._config.verify == "full", clean_up=True, restart=self._restart)
         if path is None:
             return None
-        cure = "start a new run (another --name or --output_dir) or start over with --fresh"
-        require_configuration(path, self._config_hash, cure)
+        require_configuration(path, self._config_hash, "start a new run, or start over")
         return path.name
 
     def _restore_rng(self, path: Path, manifest: Mapping[str, Any], state: TrainingState) -> None:
@@ -334,7 +301,7 @@ class Checkpointer:
         restored = rank not in saved or moved or rng_digest(device) == saved[rank]
         failed = [r for r, ok in enumerate(self._coordinator.gather("restored random states", restored)) if not ok]
         if failed:
-            raise CheckpointError(
+            raise CheckpointMismatch(
                 f"{path}: the random state of rank {failed} was not restored (its live digest differs from the "
-                "manifest's): a library version may have changed; launch it as before, or start over with --fresh"
+                "manifest's): a library version may have changed; launch it as before, or start over"
             )

@@ -1,7 +1,7 @@
-"""The training state: everything that must survive a kill and is not Accelerate's to save.
+"""The training state: everything that must survive a kill and that Accelerate does not save.
 
-One typed object, stored as JSON (``state.json``) and safetensors (``losses.safetensors``);
-never pickle. What comes next is a pure function of this object and the configuration.
+One typed object, stored as JSON (``state.json``) and safetensors (``losses.safetensors``), never as
+pickle. The rest of the run is a pure function of this object and the configuration.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class TrainingState:
     step: int = 0
     """Optimizer updates done."""
     skipped_steps: int = 0
-    """Those among them that loss scaling left out because a gradient overflowed; the schedule did not advance."""
+    """Updates among them that loss scaling skipped because a gradient overflowed; the schedule did not advance."""
     epoch: int = 0
     """Index of the epoch in progress."""
     step_in_epoch: int = 0
@@ -33,7 +33,7 @@ class TrainingState:
     tokens_seen: int = 0
     """Tokens consumed by all ranks."""
     fingerprint: int = 0
-    """Sum modulo 2**64 over every sample consumed: see ``data.order.fingerprint_terms``."""
+    """Sum modulo 2**64 over every sample consumed: see :func:`accel_train.data.permutation.fingerprint_terms`."""
     train_loss: list[float] = field(default_factory=list)
     """Mean loss of every step, over all ranks and micro-steps."""
     evaluations: list[dict[str, Any]] = field(default_factory=list)
@@ -53,40 +53,40 @@ class TrainingState:
     resumes: list[dict[str, Any]] = field(default_factory=list)
     """Every resume: step, number of processes, and what differed."""
     data: dict[str, str] = field(default_factory=dict)
-    """Digest of everything that the data is made of, by name, as the task gave it."""
+    """SHA-256 (hex) of everything that the data is made of, by name, as the task gives it."""
     arithmetic: dict[str, str] = field(default_factory=dict)
-    """Precision, compilation and sharding in force: see ``runtime.arithmetic``."""
+    """Precision, compilation and sharding in force: see :func:`accel_train.ranks.accelerator.arithmetic`."""
     machine: dict[str, Any] = field(default_factory=dict)
-    """Device, threads and versions in force: see ``runtime.machine``."""
+    """Device, threads and versions in force: see :func:`accel_train.ranks.accelerator.machine`."""
 
-    def save(self, directory: Path) -> list[Path]:
-        """Write the state into ``directory``; returns the files written."""
+    def save(self, directory: Path) -> None:
+        """Write ``state.json`` and ``losses.safetensors`` into ``directory``."""
         values = {k: v for k, v in asdict(self).items() if k != "train_loss"}
-        values["fingerprint"] = f"{self.fingerprint:016x}"
-        state_path, losses_path = directory / STATE_FILE, directory / LOSSES_FILE
-        state_path.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        save_file({"train_loss": torch.tensor(self.train_loss, dtype=torch.float64)}, losses_path)
-        return [state_path, losses_path]
+        values["fingerprint"] = self.fingerprint_hex
+        (directory / STATE_FILE).write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        save_file({"train_loss": torch.tensor(self.train_loss, dtype=torch.float64)}, directory / LOSSES_FILE)
 
     @classmethod
     def load(cls, directory: Path) -> TrainingState:
-        """Read what :meth:`save` wrote.
+        """Return the state that :meth:`save` wrote into ``directory``.
 
         Raises:
             ValueError: the files do not fit each other or this version.
         """
-        values = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
-        if not isinstance(values, dict) or not {"step", "fingerprint"} <= set(values):
-            raise ValueError(f"{directory / STATE_FILE} is not a training state")
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
+        path, losses_path = directory / STATE_FILE, directory / LOSSES_FILE
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or "step" not in values or not isinstance(values.get("fingerprint"), str):
+            raise ValueError(f"{path} is not a training state")
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
-            raise ValueError(f"{directory / STATE_FILE}: unknown fields {unknown}: written by a newer version?")
+            raise ValueError(f"{path}: unknown fields {unknown}: written by a newer version?")
         values["fingerprint"] = int(values["fingerprint"], 16)
-        losses = load_file(directory / LOSSES_FILE)["train_loss"].tolist()
-        state = cls(**values, train_loss=losses)
-        if len(losses) != state.step:
-            raise ValueError(f"{directory / LOSSES_FILE}: {len(losses)} losses for {state.step} steps")
+        tensors = load_file(losses_path)
+        if "train_loss" not in tensors:
+            raise ValueError(f"{losses_path} has no tensor 'train_loss'")
+        state = cls(**values | {"train_loss": tensors["train_loss"].tolist()})
+        if len(state.train_loss) != state.step:
+            raise ValueError(f"{losses_path}: {len(state.train_loss)} losses for {state.step} steps")
         return state
 
     @property

@@ -1,1 +1,1 @@
-"""Data: order, windows, loading, and artifacts that are built once and shared."""
+"""Data: the order of samples, windows of token streams, loading, and samples on the GPU."""

@@ -1,7 +1,7 @@
-"""Batches with the ids of their samples, through a DataLoader that Accelerate can split.
+"""A DataLoader that Accelerate can split, whose batches carry the ids of their samples.
 
-The ids travel beside the tensors as a NumPy array, so they stay on the host: the fingerprint
-of what was consumed costs neither a transfer nor a kernel launch.
+The ids are a NumPy array beside the tensors, so they stay on the host: the fingerprint of the
+consumed samples costs neither a transfer nor a kernel launch.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from accel_train.data.permutation import GlobalBatchSampler
 
 
 class DatasetWithIds(Dataset[Any]):
-    """Serves ``(ids, batch)`` for a whole array of ids at once.
+    """A dataset whose batches are ``(ids, batch)``.
 
-    A dataset's ``__getitems__`` may return a ready batch (one vectorised gather) or a list of
-    samples, which is collated; without it samples are fetched one by one.
+    The ``__getitems__`` of ``dataset`` may return a collated batch (one vectorised gather) or a list
+    of samples, which is collated here; without that method samples are fetched one by one.
+
+    Args:
+        dataset: anything with ``__len__``, and ``__getitem__`` or ``__getitems__``.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -33,40 +36,40 @@ class DatasetWithIds(Dataset[Any]):
         return len(self._dataset)
 
     def __getitems__(self, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], Any]:
-        """``ids`` (batch,) int64 and the batch of those samples."""
+        """Return ``ids``, int64 ``(batch,)``, and the batch of these samples."""
         batch = [self._dataset[int(i)] for i in ids] if self._gather is None else self._gather(ids)
         return ids, default_collate([_as_tensors(item) for item in batch]) if isinstance(batch, list) else batch
 
 
 def _as_tensors(item: Any) -> Any:
-    """Lists of numbers in a dictionary, as Hugging Face datasets return them, become tensors."""
+    """Turn lists of numbers in a dictionary, as Hugging Face datasets return them, into tensors."""
     if not isinstance(item, dict):
         return item
     return {name: torch.tensor(value) if isinstance(value, list) else value for name, value in item.items()}
 
 
 def seed_worker(_worker_id: int) -> None:
-    """Seed Python and NumPy in a DataLoader worker from torch's seed of that worker; leave signals to its parent.
+    """Seed Python and NumPy in a DataLoader worker from torch's seed of that worker, and ignore signals to stop.
 
-    A scheduler signals the whole process group. A worker that died of it would fail the training
-    process in the middle of a step, instead of letting it save and leave.
+    A scheduler signals the whole process group. If a worker died of the signal, the training process would fail
+    in the middle of a step, instead of saving its state and leaving.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     seed = torch.initial_seed() % 2**32
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - what a dataset's own code would draw from
+    np.random.seed(seed)  # noqa: NPY002 - a dataset's own code may draw from it
 
 
 def build_loader(
     dataset: DatasetWithIds, sampler: GlobalBatchSampler, *, num_workers: int, seed: int
 ) -> DataLoader[Any]:
-    """A DataLoader over ``sampler``'s batches; its generator keeps the global random state untouched."""
+    """Return a DataLoader of ``sampler``'s batches; its own generator leaves the global random state as it is."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,  # type: ignore[arg-type] # arrays of ids instead of lists
         num_workers=num_workers,
-        collate_fn=_as_is,
+        collate_fn=_identity,
         worker_init_fn=seed_worker,
         generator=torch.Generator().manual_seed(seed),
         persistent_workers=False,
@@ -74,12 +77,12 @@ def build_loader(
     )
 
 
-def _as_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
 def count_tokens(batch: Any) -> int:
-    """Tokens in a batch: the elements of its first tensor; no device access."""
+    """Return the number of tokens in a batch: the elements of its first tensor; without access to the device."""
     if isinstance(batch, torch.Tensor):
         return batch.numel()
     values = batch.values() if isinstance(batch, dict) else batch

@@ -1,47 +1,33 @@
-"""Training data that lies on the GPU: what travels in a step is the places of its samples.
+"""Training data that lies on the GPU: each step sends the positions of its samples, not their tokens.
 
-A corpus of walks or text is some hundred megabytes of tokens. Gathered on the host, every batch of it
-is copied to the device as 64-bit integers; from a stream on the device it is gathered there.
+A corpus of walks or text is some hundred megabytes of tokens. A batch that is gathered on the host is
+copied to the device as 64-bit integers in every step; from a stream on the device it is gathered there.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from accel_train.data.windows import StreamDataset
+
 _TOKENS_AT_ONCE = 1 << 22
-_LARGEST_PART_OF_FREE_MEMORY = 0.25
+_MAX_FRACTION_OF_FREE_MEMORY = 0.25
 
 
-class StreamSamples(Protocol):
-    """Samples that are stretches of one stream of tokens, such as :class:`accel_train.data.windows.WalkDataset`."""
-
-    context_length: int
-
-    @property
-    def stream_length(self) -> int:
-        """Tokens in the stream."""
-
-    def read(self, first: int, last: int) -> npt.NDArray[np.int64]:
-        """Tokens ``first`` to ``last`` (exclusive) of the stream."""
-
-    def starts(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Place in the stream of the first token of each of these samples, ``(batch,)``."""
-
-
-class ResidentSamples:
-    """The samples of a dataset, from a copy of its stream on a device (int32, 4 bytes a token).
+class SamplesOnDevice:
+    """The samples of a dataset, gathered from a copy of its stream on a device (int32, 4 bytes a token).
 
     Args:
-        dataset: what is copied.
-        device: where to.
+        dataset: the dataset to copy.
+        device: the device to copy it to.
     """
 
-    def __init__(self, dataset: StreamSamples, device: torch.device) -> None:
+    def __init__(self, dataset: StreamDataset, device: torch.device) -> None:
         self._dataset, self._device = dataset, device
         self._stream = torch.empty(dataset.stream_length, dtype=torch.int32, device=device)
         for first in range(0, dataset.stream_length, _TOKENS_AT_ONCE):
@@ -50,23 +36,32 @@ class ResidentSamples:
         self._offsets = torch.arange(dataset.context_length + 1, device=device)
 
     def __len__(self) -> int:
-        return len(self._dataset)  # type: ignore[arg-type]
+        return len(self._dataset)
 
     def __getitems__(self, ids: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, int64 ``(batch, context_length)`` each, on the device; waits for nothing."""
+        """Return inputs and targets, int64 ``(batch, context_length)`` each, on the device; wait for nothing.
+
+        Raises:
+            IndexError: an id is out of range.
+        """
         starts = torch.from_numpy(self._dataset.starts(ids))
         if self._device.type == "cuda":
-            # From pinned memory, which torch keeps until the copy is made.
+            # Torch keeps pinned memory until the copy is made.
             starts = starts.pin_memory()
         starts = starts.to(self._device, non_blocking=True)
         tokens = self._stream[starts[:, None] + self._offsets].long()
         return tokens[:, :-1], tokens[:, 1:]
 
 
-def resident(dataset: Any, device: torch.device) -> ResidentSamples | None:
-    """``dataset`` on the GPU ``device``; None where it is no stream of tokens or needs too much of the free memory."""
-    if device.type != "cuda" or not hasattr(dataset, "starts"):
+def copy_to_device(dataset: Any, device: torch.device) -> SamplesOnDevice | None:
+    """Copy ``dataset`` to a GPU.
+
+    Returns:
+        The copy; None if ``device`` is no GPU, ``dataset`` is no :class:`~accel_train.data.windows.StreamDataset`, or
+        the copy would take more than a quarter of the free memory.
+    """
+    if device.type != "cuda" or not isinstance(dataset, StreamDataset):
         return None
     free, _ = torch.cuda.mem_get_info(device)
-    fits = 4 * dataset.stream_length <= _LARGEST_PART_OF_FREE_MEMORY * free
-    return ResidentSamples(dataset, device) if fits else None
+    fits = 4 * dataset.stream_length <= _MAX_FRACTION_OF_FREE_MEMORY * free
+    return SamplesOnDevice(dataset, device) if fits else None

@@ -1,12 +1,11 @@
 """The order of the training data as a pure function of (seed, epoch, position).
 
-"Which sample stands at position i of epoch e" is answered in constant time and memory, so a
-run that resumes at any step costs the same as one that starts, and no number of processes
-can change the order. The price is about fifty nanoseconds of arithmetic per sample,
-where a stored permutation would cost one read.
+The sample at position i of epoch e is computed in constant time and memory. So resuming at any
+step costs the same as starting, and the order does not depend on the number of processes. The
+price is about fifty nanoseconds of arithmetic per sample, where a stored permutation costs one read.
 
-The fingerprint is the other half of the promise: it proves which samples were consumed, at
-which positions, and its parts from several ranks add up to the same number.
+The data fingerprint proves which samples were consumed at which positions; the parts of several
+ranks add up to the same number.
 """
 
 from __future__ import annotations
@@ -18,21 +17,22 @@ import numpy as np
 import numpy.typing as npt
 
 Ids = npt.NDArray[np.int64]
+"""Sample ids."""
 
 ROUNDS = 6
-"""Four Feistel rounds make a strong pseudorandom permutation (Luby and Rackoff 1988); two are margin."""
+"""Four Feistel rounds make a strong pseudorandom permutation (Luby and Rackoff 1988); two more are margin."""
 
 MAX_SAMPLES = 2**62
-"""The halves of a position must fit in 32 bits."""
+"""Each half of a position must fit into 32 bits."""
 
 _WORD = 2**64 - 1
 _GAMMA = 0x9E3779B97F4A7C15
-_POSITIONS_AT_ONCE = 4096
-"""numpy's cost per call vanishes in a block of this size; computing one takes about 0.2 ms."""
+_BLOCK_POSITIONS = 4096
+"""Positions computed at a time: about 0.2 ms, beside which numpy's cost per call is negligible."""
 
 
 def _mix(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finalizer of splitmix64 (Steele, Lea and Flood 2014), in place."""
+    """Apply the finalizer of splitmix64 (Steele, Lea and Flood 2014) in place."""
     words ^= words >> np.uint64(30)
     words *= np.uint64(0xBF58476D1CE4E5B9)
     words ^= words >> np.uint64(27)
@@ -46,7 +46,7 @@ def _mix_int(word: int) -> int:
 
 
 def order_key(seed: int, epoch: int) -> int:
-    """The 64-bit key of an epoch's permutation."""
+    """Return the 64-bit key of the permutation of epoch ``epoch`` (from 0)."""
     return _mix_int(_mix_int(seed + _GAMMA) + _GAMMA * (epoch + 1))
 
 
@@ -55,8 +55,8 @@ class Permutation:
 
     A generalized Feistel network over pairs of digits in base ``ceil(sqrt(n))``, with cycle
     walking for the few values at or above ``n`` (Black and Rogaway 2002, method 3). The
-    domain is at most ``2 * sqrt(n)`` larger than ``n``, so walking is rare; a domain of bits
-    would be up to four times too large.
+    domain is at most ``2 * sqrt(n)`` larger than ``n``, so walking is rare; a domain of an even
+    number of bits would be up to four times as large as ``n``.
 
     Args:
         n: number of elements, from 1 to 2**62.
@@ -74,7 +74,7 @@ class Permutation:
         self._round_keys = [np.uint64(_mix_int(key + _GAMMA * i)) for i in range(1, ROUNDS + 1)]
 
     def __call__(self, positions: npt.ArrayLike) -> Ids:
-        """The elements at ``positions``.
+        """Return the elements at ``positions``.
 
         Args:
             positions: integers in ``[0, n)``, of any shape.
@@ -97,31 +97,33 @@ class Permutation:
         base = self._base
         left, right = np.divmod(values, base)
         for key in self._round_keys:
-            # The upper half of the word, scaled to the base: far cheaper than a remainder.
+            # The upper half of the word, scaled to the base, is far cheaper than a remainder.
             moved = left + ((_mix(right ^ key) >> np.uint64(32)) * base >> np.uint64(32))
-            left, right = right, np.minimum(moved, moved - base)  # moved mod base: an underflow is huge
+            left, right = (
+                right,
+                np.minimum(moved, moved - base),
+            )  # modulo base: an underflow is huge
         return left * base + right
 
 
 class GlobalBatchSampler:
     """Global micro-batches of sample ids, for a DataLoader that Accelerate splits over the ranks.
 
-    To be used as the ``batch_sampler`` of a DataLoader under
-    ``DataLoaderConfiguration(split_batches=True)``: every rank iterates over the same global
-    batches and takes its contiguous slice. It has no ``sampler`` and no ``set_epoch``, since
-    Accelerate would call them with an epoch counted from 0 in every process; where to start is
-    said by :meth:`seek` alone. Iterating changes nothing: every ``iter()`` starts at the place
-    of the last seek and ends with that epoch.
+    Use it as the ``batch_sampler`` of a DataLoader with ``DataLoaderConfiguration(split_batches=True)``:
+    every rank iterates over the same global batches and takes its contiguous slice. Only :meth:`seek`
+    sets the start. There is no ``sampler`` and no ``set_epoch``, because Accelerate would call them
+    with an epoch counted from 0 in every process. Iterating has no side effect: every ``iter()``
+    starts where the last seek points and ends with that epoch.
 
     ``len()`` is always that of a whole epoch. DataLoader and Accelerate end an epoch when the
-    iterator does and use the length for display only, so a resumed epoch needs no other value.
+    iterator ends and use the length for display only, so a resumed epoch needs no other value.
 
     Args:
         num_samples: size of the dataset.
-        batch_size: samples per micro-step, over all ranks.
+        batch_size: samples per micro-step over all ranks.
         seed: seed of the order.
         batches_per_epoch: batches in an epoch; default ``num_samples // batch_size``. With
-            gradient accumulation, pass the micro-steps of the epoch's whole steps.
+            gradient accumulation pass the micro-steps of the epoch's whole steps.
 
     Raises:
         ValueError: the dataset does not fill the batches of one epoch.
@@ -144,10 +146,10 @@ class GlobalBatchSampler:
         self.batch = 0
 
     def seek(self, epoch: int, batch: int) -> None:
-        """Let the next ``iter()`` start at ``batch`` (micro-steps from 0) of ``epoch`` (from 0), in constant time.
+        """Make every ``iter()`` start at ``batch`` (micro-steps from 0) of ``epoch`` (from 0), in constant time.
 
         Raises:
-            ValueError: the epoch has no such batch. ``batch == len(self)`` is its end: nothing follows.
+            ValueError: the epoch has no such batch; ``batch == len(self)`` is its end and gives no batches.
         """
         if epoch < 0 or not 0 <= batch <= self.batches_per_epoch:
             raise ValueError(f"no batch {batch} of epoch {epoch}: an epoch has {self.batches_per_epoch} batches")
@@ -159,22 +161,22 @@ class GlobalBatchSampler:
     def __iter__(self) -> Iterator[Ids]:
         permutation = Permutation(self.num_samples, order_key(self.seed, self.epoch))
         end = self.batches_per_epoch * self.batch_size
-        block = max(1, _POSITIONS_AT_ONCE // self.batch_size) * self.batch_size
+        block = max(1, _BLOCK_POSITIONS // self.batch_size) * self.batch_size
         for start in range(self.batch * self.batch_size, end, block):
             ids = permutation(np.arange(start, min(start + block, end)))
             yield from ids.reshape(-1, self.batch_size)
 
 
 def fingerprint_terms(positions: npt.ArrayLike, ids: npt.ArrayLike) -> int:
-    """What a slice of samples adds to the data fingerprint.
+    """Return what these samples add to the data fingerprint: the sum modulo 2**64 of a hash of each (position, id).
 
-    The sum modulo 2**64 of a hash of each (position, id). Sums of any partition of the same
-    pairs add up (modulo 2**64) to the same number, so it does not depend on the number of
-    ranks; a sample swapped, left out, doubled or taken from another place changes it.
+    The sums of any partition of the same pairs add up (modulo 2**64) to the same number, so the
+    fingerprint does not depend on the number of ranks. A sample that is swapped, left out, doubled
+    or taken from another position changes it.
 
     Args:
-        positions: integers, position of each sample in the whole run, counted over epochs.
-        ids: integers of the same shape, id of the sample that was consumed there.
+        positions: integers, the position of each sample in the whole run, counted over epochs.
+        ids: integers of the same shape, the id of the sample consumed at each position.
 
     Returns:
         An integer in ``[0, 2**64)``.

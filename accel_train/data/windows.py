@@ -1,7 +1,7 @@
-"""Training samples cut from stored token sequences.
+"""Training samples cut from a stored stream of tokens.
 
 A batch is one vectorised gather from the (memory-mapped) array: no Python runs per sample,
-and nothing is copied before it is asked for.
+and only what a batch needs is copied.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 
-class _Samples(Dataset[tuple[Tensor, Tensor]]):
-    """Samples that are gathered a batch at a time; each is a stretch of one stream of tokens."""
+class StreamDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Samples that are consecutive tokens of one stream; a whole batch of them is gathered at a time."""
 
     context_length: int
+    """Tokens in an input."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """One sample: inputs and targets, int64 ``(context_length,)`` each."""
+        """Return one sample: inputs and targets, int64 ``(context_length,)`` each."""
         inputs, targets = self.__getitems__([index])
         return inputs[0], targets[0]
 
     def __getitems__(self, ids: npt.NDArray[np.integer[Any]] | Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A batch, already collated.
+        """Return a collated batch.
 
         Args:
             ids: sample ids ``(batch,)``.
@@ -50,11 +51,11 @@ class _Samples(Dataset[tuple[Tensor, Tensor]]):
 
     @abstractmethod
     def read(self, first: int, last: int) -> npt.NDArray[np.int64]:
-        """Tokens ``first`` to ``last`` (exclusive) of the stream, int64."""
+        """Return tokens ``first`` to ``last`` (exclusive) of the stream, int64."""
 
     @abstractmethod
     def starts(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Place in the stream of the first token of each of these samples, ``(batch,)``.
+        """Return the position in the stream of the first token of each of these samples, ``(batch,)``.
 
         Raises:
             IndexError: an id is out of range.
@@ -64,77 +65,22 @@ class _Samples(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         """Number of samples."""
 
-    def _check(self, ids: npt.NDArray[np.int64]) -> None:
+    def _check_ids(self, ids: npt.NDArray[np.int64]) -> None:
         if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
             raise IndexError(f"sample ids must lie in [0, {len(self)}), not [{ids.min()}, {ids.max()}]")
 
     @abstractmethod
     def _gather(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The tokens of a batch, ``(batch, context_length + 1)``."""
-
-
-class WalkDataset(_Samples):
-    """Walks cut into non-overlapping chunks of ``context_length + 1`` tokens.
-
-    A walk of ``L`` tokens gives ``L // (context_length + 1)`` samples; the rest of it is not
-    used. The first ``context_length`` tokens of a chunk are the input, the last ones the target.
-
-    Args:
-        walks: integers ``(num_walks, walk_length)``, an array or a memory map; never copied.
-        context_length: tokens in an input.
-
-    Raises:
-        ValueError: ``walks`` is not two-dimensional or is too short for one chunk.
-    """
-
-    def __init__(self, walks: npt.NDArray[Any], context_length: int) -> None:
-        chunk = context_length + 1
-        if walks.ndim != 2 or walks.shape[1] < chunk:
-            raise ValueError(
-                f"walks of shape {walks.shape} do not hold a chunk of context_length + 1 = {chunk} tokens; "
-                "they must be (num_walks, walk_length) with longer walks or a shorter context"
-            )
-        self.context_length = context_length
-        self.chunks_per_walk: int = walks.shape[1] // chunk
-        # Splitting the last axis keeps this a view, also where a remainder is cut off.
-        self._chunks = walks[:, : self.chunks_per_walk * chunk].reshape(len(walks), self.chunks_per_walk, chunk)
-        self._walks = walks
-
-    def __len__(self) -> int:
-        return len(self._chunks) * self.chunks_per_walk
-
-    @property
-    def stream_length(self) -> int:
-        """Tokens in all walks, one after the other."""
-        return self._walks.size
-
-    def read(self, first: int, last: int) -> npt.NDArray[np.int64]:
-        """Tokens ``first`` to ``last`` (exclusive) of the walks one after the other, int64."""
-        length = self._walks.shape[1]
-        row = first // length
-        rows = self._walks[row : -(-last // length)].reshape(-1)
-        tokens: npt.NDArray[np.int64] = rows[first - row * length : last - row * length].astype(np.int64)
-        return tokens
-
-    def starts(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Place of the first token of each of these samples, ``(batch,)``."""
-        self._check(ids)
-        walk, chunk = np.divmod(ids, self.chunks_per_walk)
-        starts: npt.NDArray[np.int64] = walk * self._walks.shape[1] + chunk * (self.context_length + 1)
-        return starts
-
-    def _gather(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        walk, chunk = np.divmod(ids, self.chunks_per_walk)
-        tokens: npt.NDArray[np.int64] = self._chunks[walk, chunk].astype(np.int64)
-        return tokens
+        """Return the tokens of a batch, ``(batch, context_length + 1)``."""
 
 
 Ranges = npt.NDArray[np.int64]
-"""``(ranges, 2)``: first token and the one after the last, in ascending order, disjoint."""
+"""``(ranges, 2)``: first token and the one after the last; ascending and disjoint."""
 
-_STRETCH_WINDOWS = 16
-_STRETCHES = 4
-"""Of the smaller part, at least, in a short stream."""
+_BLOCK_WINDOWS = 16
+"""Windows in a block, at most."""
+_MIN_BLOCKS = 4
+"""Blocks of the smaller part, at least: a short stream has smaller blocks."""
 
 
 def split_corpus(
@@ -143,15 +89,14 @@ def split_corpus(
     val_fraction: float = 0.05,
     how: Literal["tail", "blocks"] = "tail",
 ) -> tuple[Ranges, Ranges]:
-    """Divide a stream of tokens into a part for training and one for validation; no token is in both.
+    """Split a stream of tokens into a part for training and one for validation; no token is in both.
 
     Args:
         num_tokens: length of the stream.
         context_length: tokens of an input; ``blocks`` holds out whole windows.
-        val_fraction: part held out, in (0, 1).
-        how: ``tail`` holds out the end of the stream. ``blocks`` holds out stretches of (at most 16) whole
-            windows, evenly spread, so that what changes along the corpus (its language, its author) is
-            in both parts.
+        val_fraction: held-out fraction, in (0, 1).
+        how: ``tail`` holds out the end of the stream. ``blocks`` holds out evenly spread blocks of (at most 16)
+            whole windows, so that both parts have what changes along the corpus (its language, its author).
 
     Returns:
         The ranges of tokens for training and for validation. Either may be empty when the stream is short.
@@ -162,34 +107,34 @@ def split_corpus(
     share = Fraction(val_fraction).limit_denominator(10_000)
     windows = num_tokens // context_length
     of_smaller_part = int(windows * min(share, 1 - share))
-    stretch = max(1, min(_STRETCH_WINDOWS, of_smaller_part // _STRETCHES)) * context_length + 1
-    starts = np.arange(0, num_tokens, stretch, dtype=np.int64)
-    ends = np.minimum(starts + stretch, num_tokens)
-    # As many as are due after so many stretches, rounded: with a tenth, stretches 5, 15, 25 and so on.
+    block = max(1, min(_BLOCK_WINDOWS, of_smaller_part // _MIN_BLOCKS)) * context_length + 1
+    starts = np.arange(0, num_tokens, block, dtype=np.int64)
+    ends = np.minimum(starts + block, num_tokens)
+    # The number of blocks due after each one, rounded: with a tenth these are blocks 5, 15, 25 and so on.
     due = (2 * np.arange(-1, len(starts)) * share.numerator + share.denominator) // (2 * share.denominator)
-    # The last stretch may be cut short: it is never held out, so that all windows held out are whole.
-    held_out = (np.diff(due) == 1) & (ends - starts == stretch)
+    # The last block may be cut short: it is never held out, so that all held-out windows are whole.
+    held_out = (np.diff(due) == 1) & (ends - starts == block)
     return _ranges(starts[~held_out], ends[~held_out]), _ranges(starts[held_out], ends[held_out])
 
 
 def _ranges(starts: npt.ArrayLike, ends: npt.ArrayLike) -> Ranges:
-    """Ranges without the empty ones."""
+    """Return the ranges that are not empty."""
     ranges = np.stack([np.asarray(starts, dtype=np.int64), np.asarray(ends, dtype=np.int64)], axis=1)
     return ranges[ranges[:, 0] < ranges[:, 1]]
 
 
 class TokenStream(Protocol):
-    """Tokens that lie somewhere, such as :class:`accel_train.tasks.text.tokens.Tokens`."""
+    """Tokens in memory or on disk."""
 
     def __len__(self) -> int:
         """Number of tokens."""
 
     def windows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
-        """The ``length`` tokens from each of ``starts`` on, ``(windows, length)`` int64."""
+        """Return the ``length`` tokens from each of ``starts`` on, int64 ``(windows, length)``."""
 
 
 class _InMemory:
-    """An array as a stream."""
+    """An array in memory as a stream."""
 
     def __init__(self, tokens: npt.NDArray[Any]) -> None:
         self._tokens = tokens
@@ -203,7 +148,7 @@ class _InMemory:
 
 
 def count_windows(ranges: Ranges, context_length: int, stride: int | None = None) -> int:
-    """How many windows a :class:`WindowDataset` of these settings has."""
+    """Return the number of windows of a :class:`WindowDataset` with these settings."""
     return int(_window_counts(ranges, context_length, context_length if stride is None else stride).sum())
 
 
@@ -212,17 +157,17 @@ def _window_counts(ranges: Ranges, context_length: int, stride: int) -> Ranges:
     return counts
 
 
-class WindowDataset(_Samples):
-    """Windows of a stream of tokens: the input, and the target shifted by one.
+class WindowDataset(StreamDataset):
+    """Windows of a stream of tokens: inputs, and targets shifted by one token.
 
-    Inputs do not overlap unless ``stride`` says so; the last target of a window is the first input of
-    the next. What is left of a range at its end, too short for a window, is not used.
+    Inputs overlap only if ``stride`` is less than ``context_length``; by default the last target of a window
+    is the first input of the next. The end of a range that is too short for a window is not used.
 
     Args:
         tokens: a stream, or a one-dimensional array of integers; never copied.
         context_length: tokens in an input.
-        ranges: the parts of the stream to use; windows never cross from one into another. Default: all.
-        stride: tokens from the start of one window to the next; default: ``context_length``.
+        ranges: the parts of the stream to use; no window crosses from one into another. Default: all.
+        stride: tokens from the start of one window to that of the next. Default: ``context_length``.
 
     Raises:
         ValueError: no window fits, or a range leaves the stream.
@@ -257,19 +202,19 @@ class WindowDataset(_Samples):
 
     @property
     def stream_length(self) -> int:
-        """Tokens in the stream, those that no window uses as well."""
+        """Tokens in the stream, including those that no window uses."""
         return len(self._tokens)
 
     def read(self, first: int, last: int) -> npt.NDArray[np.int64]:
-        """Tokens ``first`` to ``last`` (exclusive) of the stream, int64."""
+        """Return tokens ``first`` to ``last`` (exclusive) of the stream, int64."""
         tokens: npt.NDArray[np.int64] = self._tokens.windows(np.array([first], dtype=np.int64), last - first)[0]
         return tokens
 
     def starts(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Place of the first token of each of these windows, ``(batch,)``."""
-        self._check(ids)
-        place = np.searchsorted(self._first, ids, side="right") - 1
-        starts: npt.NDArray[np.int64] = self._starts[place] + (ids - self._first[place]) * self.stride
+        """Return the position in the stream of the first token of each of these windows, ``(batch,)``."""
+        self._check_ids(ids)
+        index = np.searchsorted(self._first, ids, side="right") - 1
+        starts: npt.NDArray[np.int64] = self._starts[index] + (ids - self._first[index]) * self.stride
         return starts
 
     def _gather(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

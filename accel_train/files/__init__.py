@@ -1,1 +1,1 @@
-"""Files and directories that are whole or absent."""
+"""Files and directories that are complete or absent."""

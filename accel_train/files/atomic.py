@@ -1,4 +1,4 @@
-"""Files that survive a crash: digests, fsync, and writes that are whole or absent.
+"""Files that survive a crash: digests, fsync, and writes that are complete or absent.
 
 The temporary file of an atomic write has a fixed name, so a writer that is killed again and
 again leaves at most one behind; the price is that every path has one writer at a time.
@@ -7,16 +7,33 @@ again leaves at most one behind; the price is that every path has one writer at 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 (hex) of a file, read in pieces."""
+    """Return the SHA-256 (hex) of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """Return JSON with sorted keys and no spaces: equal values give equal text.
+
+    Raises:
+        ValueError: ``value`` holds a number that is not finite.
+        TypeError: it holds something that JSON has no form for.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def sha256_json(value: Any) -> str:
+    """Return the SHA-256 (hex) of a JSON value; errors as :func:`canonical_json`."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def fsync_file(path: Path) -> None:
@@ -31,7 +48,7 @@ def fsync_directory(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An ``OSError`` raised inside names ``path``: one from a write to a full disk names no file by itself."""
+    """Make an ``OSError`` raised inside name ``path``: one from a write to a full disk names no file by itself."""
     try:
         yield
     except OSError as error:
@@ -43,11 +60,11 @@ def naming(path: Path) -> Iterator[None]:
 def write_atomic(path: Path, content: bytes, *, written_aside: Callable[[], None] | None = None) -> None:
     """Replace ``path`` by ``content``: readers and crashes see the old file or the new one, never a part.
 
-    One writer at a time per path (the run directory's lock sees to that).
+    A path has one writer at a time (the lock of the run directory ensures that).
 
     Args:
         path: the file.
-        content: all of it.
+        content: the whole new content.
         written_aside: called when the new file is complete and has not taken its place.
 
     Raises:

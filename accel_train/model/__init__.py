@@ -1,1 +1,1 @@
-"""The transformer, what can be extracted from it, and generation."""
+"""The transformer: its key-value cache, the tensors it can return, its size, and generation."""

@@ -1,4 +1,4 @@
-"""Work on a CUDA device as one graph: recorded once, then started with a single launch."""
+"""CUDA graphs: work on a device that is recorded once and then started with a single launch."""
 
 from __future__ import annotations
 
@@ -8,30 +8,33 @@ from typing import Any, TypeVar
 import torch
 
 _WARM_UP_PASSES = 3
-"""Before a recording, outside of it: lazy kernels, workspaces and an optimizer's state come to be."""
+"""Passes before the recording: they load kernels and create workspaces and the state of an optimizer."""
 
 Outputs = TypeVar("Outputs")
 
 
 def capture(work: Callable[[], Outputs], device: torch.device) -> tuple[Outputs, Callable[[], None]]:
-    """Record ``work`` as a CUDA graph; returns where its results will be, and what runs it.
+    """Record ``work`` as a CUDA graph.
 
     Args:
-        work: is called a few times before it is recorded.
+        work: called a few times before it is recorded.
         device: a CUDA device.
 
+    Returns:
+        The outputs of ``work``, whose tensors every replay overwrites, and the function that replays it.
+
     Raises:
-        RuntimeError: ``work`` asks the device something or does what else cannot be recorded.
+        RuntimeError: ``work`` cannot be recorded, for example because it waits for the device.
     """
-    aside: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    here = torch.cuda.current_stream(device)
-    aside.wait_stream(here)
-    with torch.cuda.stream(aside):
+    side_stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    main_stream = torch.cuda.current_stream(device)
+    side_stream.wait_stream(main_stream)
+    with torch.cuda.stream(side_stream):
         for _ in range(_WARM_UP_PASSES):
             work()
-    here.wait_stream(aside)
+    main_stream.wait_stream(side_stream)
     graph = torch.cuda.CUDAGraph()
-    # Watched in this thread alone: those that load data and write checkpoints may go on meanwhile.
+    # Only this thread is restricted: the threads that load data and write checkpoints go on.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = work()
     return outputs, graph.replay

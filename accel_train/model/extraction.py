@@ -1,14 +1,16 @@
-"""What a forward pass may return beside the logits, for later analysis.
+"""The tensors that a forward pass can return beside the logits, for later analysis.
 
-The extras are computed beside the attention that makes the logits, never instead of it, so
+They are computed in addition to the attention that makes the logits, never instead of it, so
 every mode gives the same logits bit for bit. Training runs with ``NONE``, which costs nothing.
 """
 
 from __future__ import annotations
 
+import math
 from enum import Flag, auto
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -30,7 +32,7 @@ class ExtractionMode(Flag):
 
 
 class Extraction(NamedTuple):
-    """Logits and the extracted tensors; a tuple is empty where its mode was not asked for."""
+    """Logits and the extracted tensors; a tuple is empty if the mode does not include it."""
 
     logits: Tensor
     """``(batch, time, vocab)``."""
@@ -42,3 +44,36 @@ class Extraction(NamedTuple):
     """One ``(batch, heads, time, head_width)`` per block."""
     residual: tuple[Tensor, ...] = ()
     """``n_layers + 1`` of ``(batch, time, d_model)``: the input of every block, then the last output."""
+
+
+class Recorder:
+    """Collects the tensors of an extraction mode during one forward pass."""
+
+    def __init__(self, mode: ExtractionMode) -> None:
+        self.mode = mode
+        self.scores: list[Tensor] = []
+        self.weights: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.residual: list[Tensor] = []
+
+    def record_attention(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Record one block's attention from query, key and value, ``(batch, heads, time, head_width)`` each."""
+        if self.mode & (ExtractionMode.SCORES | ExtractionMode.WEIGHTS):
+            time = query.shape[2]
+            later = torch.ones(time, time, dtype=torch.bool, device=query.device).triu(1)
+            scores = (query @ key.transpose(2, 3) / math.sqrt(query.shape[3])).masked_fill(later, -math.inf)
+            if self.mode & ExtractionMode.SCORES:
+                self.scores.append(scores)
+            if self.mode & ExtractionMode.WEIGHTS:
+                self.weights.append(scores.softmax(dim=-1))
+        if self.mode & ExtractionMode.VALUES:
+            self.values.append(value)
+
+    def record_residual(self, x: Tensor) -> None:
+        """Record the residual stream ``(batch, time, d_model)``."""
+        if self.mode & ExtractionMode.RESIDUAL:
+            self.residual.append(x)
+
+    def extraction(self, logits: Tensor) -> Extraction:
+        """Return all recorded tensors with the logits ``(batch, time, vocab)``."""
+        return Extraction(logits, tuple(self.scores), tuple(self.weights), tuple(self.values), tuple(self.residual))

@@ -1,13 +1,13 @@
 """Batched generation: greedy or multinomial, with a preallocated key-value cache.
 
-Random numbers come from an explicit generator only, one per sequence and position, drawn
-before the first token: a sequence does not depend on how the work is cut into batches, and
-training's random state is never touched. The price is inverse-CDF sampling, one cumulative
-sum over the vocabulary per token.
+Random numbers come from an explicit generator only, one per sequence and position, and are
+drawn before the first token. So a sequence does not depend on the size of the batches, and
+generation leaves the random state of training as it is. The price is inverse-CDF sampling: one
+cumulative sum over the vocabulary per token.
 
-Inside the context a token costs one step of the cache, on a GPU the replay of a recorded one. Past it,
-the window is cut back to its last half and read again; positions restart there, as learned positions
-require.
+Within the context a token costs one step with the cache, on a GPU the replay of a CUDA graph. When
+the context is full, the window is cut to its last half and read again; positions restart there, as
+learned positions require.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from torch import Tensor, nn
 
 from accel_train.errors import Interrupted
 from accel_train.model.cuda_graph import capture
-from accel_train.model.transformer import KVCache, StaticCache, TransformerLM
+from accel_train.model.kv_cache import KVCache, StaticCache
+from accel_train.model.transformer import TransformerLM
 
 log = logging.getLogger(__name__)
 
-LARGEST_BATCH = {"cpu": 1024, "cuda": 4096}
-"""Sequences at a time where memory allows; on two CPU cores 1000 were the fastest of 125 to 1000 (docs/notes.md)."""
-_CPU_BYTES = 1 << 30
-_PART_OF_GPU_MEMORY = 8
-_WORTH_RECORDING = 16
-"""Tokens to come."""
+_LARGEST_BATCH = {"cpu": 1024, "cuda": 4096}
+"""Sequences at a time if memory allows; of 125 to 1000, 1000 were the fastest on two CPU cores (docs/notes.md)."""
+_CPU_CACHE_BYTES = 1 << 30
+_GPU_MEMORY_DIVISOR = 8
+_MIN_TOKENS_TO_RECORD = 16
+"""Recording a CUDA graph takes the time of a few tokens; a token without one is some twenty launches per block."""
 
 
 def generate(
@@ -48,30 +49,29 @@ def generate(
 ) -> Tensor:
     """Continue every prompt to ``length`` tokens.
 
-    The model's mode (training or evaluation) and the global random state are left as found.
+    The model's mode (training or evaluation) and the global random state stay as they are.
 
     Args:
         model: a :class:`TransformerLM`, or any module that maps tokens ``(batch, time)`` to
-            logits ``(batch, time, vocab)``; the latter reads the whole sequence for every
-            token, or the window that ``model.config.max_seq_len`` sets if there is one.
+            logits ``(batch, time, vocab)``. The latter reads the whole sequence for every
+            token, or the window of ``model.config.max_seq_len`` tokens if it has that attribute.
         prompts: int64 ``(num, prompt_length)``, at least one token each.
         length: tokens of every result, the prompt included.
-        temperature: divides the logits before sampling; 0 takes the most likely token, the one
-            of lowest id among equals.
-        top_k: sample from the so many most likely tokens only.
-        top_p: sample from the fewest tokens whose probabilities add up to this (Holtzman et al. 2020).
-        generator: source of randomness, needed for sampling.
-        batch_size: sequences at a time; never changes which random numbers a sequence gets. Default: as many as
-            are fast on the device, fewer where their keys and values would take more than 1 GiB, or an eighth of the
-            GPU's memory. What else lies in memory makes no difference, so neither does it to the bits.
-        should_stop: asked before every token.
+        temperature: divides the logits before sampling; 0 takes the most likely token, of equally
+            likely ones the one of lowest id.
+        top_k: sample from the ``top_k`` most likely tokens.
+        top_p: sample from the fewest tokens whose probabilities add up to ``top_p`` (Holtzman et al. 2020).
+        generator: source of random numbers; sampling needs one.
+        batch_size: sequences at a time; does not change the random numbers of a sequence. Default:
+            :func:`default_batch`, which does not depend on what else lies in memory, so that the bits do not either.
+        should_stop: called before every token; True ends generation.
 
     Returns:
-        int64 ``(num, length)`` on the model's device, the prompts in front.
+        int64 ``(num, length)`` on the model's device, each row beginning with its prompt.
 
     Raises:
-        ValueError: an argument is out of range, or sampling without a generator.
-        Interrupted: ``should_stop`` said so.
+        ValueError: an argument is out of range, or ``temperature`` is positive without a generator.
+        Interrupted: ``should_stop()`` returned True.
     """
     _check_arguments(prompts, length, temperature, top_k, top_p, generator, batch_size)
     num, prompt_length = prompts.shape
@@ -83,25 +83,31 @@ def generate(
         shape = (num, length - prompt_length)
         uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device).to(device)
     size = batch_size or default_batch(model, length, device)
-    with _evaluating(model):
+    with _evaluation_mode(model):
         for first in range(0, num, size):
             rows = tokens[first : first + size]
             draws = None if uniform is None else uniform[first : first + size]
-            for _ in _continued(model, rows, prompt_length, _Sampling(temperature, top_k, top_p), draws, should_stop):
+            for _ in _continue(model, rows, prompt_length, _Sampling(temperature, top_k, top_p), draws, should_stop):
                 pass
     return tokens
 
 
 def default_batch(model: nn.Module, length: int, device: torch.device) -> int:
-    """How many sequences of ``length`` tokens :func:`generate` continues at a time on ``device``."""
-    largest = LARGEST_BATCH.get(device.type, LARGEST_BATCH["cpu"])
+    """Return how many sequences of ``length`` tokens :func:`generate` continues at a time on ``device``.
+
+    As many as are fast there; fewer if their keys, values and logits take more than 1 GiB, or an eighth of a GPU's
+    memory.
+    """
+    largest = _LARGEST_BATCH.get(device.type, _LARGEST_BATCH["cpu"])
     if not isinstance(model, TransformerLM):
         return largest
     config, weight = model.config, model.token_embedding.weight
     cached = 2 * config.n_layers * config.d_model * min(length, config.max_seq_len)
     needed = (cached + model.vocab_size) * weight.element_size()
     on_gpu = device.type == "cuda"
-    allowed = torch.cuda.get_device_properties(device).total_memory // _PART_OF_GPU_MEMORY if on_gpu else _CPU_BYTES
+    allowed = (
+        torch.cuda.get_device_properties(device).total_memory // _GPU_MEMORY_DIVISOR if on_gpu else _CPU_CACHE_BYTES
+    )
     return max(1, min(largest, allowed // needed))
 
 
@@ -115,7 +121,20 @@ def stream(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[int]:
-    """Continue one prompt, handing out every token as soon as it is there; arguments as of :func:`generate`."""
+    """Continue one prompt and yield every token as soon as it is chosen.
+
+    Args:
+        model: the model.
+        prompt: token ids, at least one.
+        num_tokens: tokens to generate.
+        temperature: as in :func:`generate`.
+        top_k: as in :func:`generate`.
+        top_p: as in :func:`generate`.
+        generator: as in :func:`generate`.
+
+    Raises:
+        ValueError: as in :func:`generate`.
+    """
     length = len(prompt) + num_tokens
     prompts = torch.tensor([list(prompt)], dtype=torch.int64, device=next(model.parameters()).device)
     _check_arguments(prompts, length, temperature, top_k, top_p, generator, None)
@@ -125,12 +144,12 @@ def stream(
     if generator is not None and temperature > 0:
         draws = torch.rand((1, num_tokens), generator=generator, dtype=torch.float64, device=generator.device)
         draws = draws.to(prompts.device)
-    with _evaluating(model):
-        for position in _continued(model, rows, len(prompt), _Sampling(temperature, top_k, top_p), draws, None):
+    with _evaluation_mode(model):
+        for position in _continue(model, rows, len(prompt), _Sampling(temperature, top_k, top_p), draws, None):
             yield int(rows[0, position])
 
 
-def _continued(
+def _continue(
     model: nn.Module,
     rows: Tensor,
     prompt_length: int,
@@ -138,12 +157,12 @@ def _continued(
     draws: Tensor | None,
     should_stop: Callable[[], bool] | None,
 ) -> Iterator[int]:
-    """Fill ``rows`` from ``prompt_length`` on; yields every position as soon as it is filled."""
-    logits_at = _CachedLogits(model, rows) if isinstance(model, TransformerLM) else _PlainLogits(model, rows)
+    """Fill ``rows`` from ``prompt_length`` on and yield every position as soon as it is filled."""
+    logits_at = _CachedLogits(model, rows) if isinstance(model, TransformerLM) else _UncachedLogits(model, rows)
     for position in range(prompt_length, rows.shape[1]):
         if should_stop is not None and should_stop():
             raise Interrupted
-        with torch.no_grad():  # here, not around the loop: whoever takes the token must not run without gradients
+        with torch.no_grad():  # not around the loop: the caller runs between tokens, and keeps its gradients
             logits = logits_at(position)
             if draws is None:
                 rows[:, position] = logits.argmax(dim=-1)
@@ -154,14 +173,14 @@ def _continued(
 
 @dataclass(frozen=True)
 class _Sampling:
-    """How the distribution of the next token is bent before it is drawn from."""
+    """How the distribution of the next token is changed before sampling."""
 
     temperature: float
     top_k: int | None
     top_p: float | None
 
     def restricted(self, logits: Tensor) -> Tensor:
-        """``(batch, vocab)`` logits at this temperature; minus infinity for the tokens left out."""
+        """Divide ``(batch, vocab)`` logits by the temperature and set those of excluded tokens to minus infinity."""
         logits = logits / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[1]:
             least = logits.topk(self.top_k, dim=-1).values[:, -1:]
@@ -169,9 +188,9 @@ class _Sampling:
         if self.top_p is not None and self.top_p < 1:
             ordered, order = logits.sort(dim=-1, descending=True, stable=True)
             probability = ordered.double().softmax(dim=-1)
-            # Left out is what comes after the tokens before it have reached top_p; the first one never.
-            beyond = probability.cumsum(dim=-1) - probability >= self.top_p
-            logits = logits.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
+            # A token is excluded if the more likely ones reach top_p without it; the most likely one never is.
+            excluded = probability.cumsum(dim=-1) - probability >= self.top_p
+            logits = logits.masked_fill(excluded.scatter(1, order, excluded), -torch.inf)
         return logits
 
 
@@ -201,7 +220,7 @@ def _check_arguments(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -212,56 +231,55 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _sample(logits: Tensor, uniform: Tensor) -> Tensor:
-    """The token where the cumulative distribution first exceeds ``uniform``, for each row of ``(batch, vocab)``."""
+    """Return the token of each row of ``(batch, vocab)`` where the cumulative distribution exceeds ``uniform``."""
     cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
-    # Scaled by the total, the draw stays below it whatever the rounding of the sum.
+    # Scaled by the total, a draw stays below it, however the sum is rounded.
     draws = uniform.unsqueeze(1) * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, draws, right=True).squeeze(1)
     return token.clamp_(max=logits.shape[1] - 1)
 
 
-def _window(start: int, position: int, context: int) -> int:
-    """Where the window that predicts ``position`` begins: at ``start``, or at the last half once it is full."""
+def _window_start(start: int, position: int, context: int) -> int:
+    """Return where the window that predicts ``position`` begins: at ``start``, or at its last half once it is full."""
     return start if position - start <= context else position - max(context // 2, 1)
 
 
 class _CachedLogits:
-    """Logits of the next token of every row, with a cache that keeps pace."""
+    """Logits of the next token of every row, by way of a key-value cache."""
 
     def __init__(self, model: TransformerLM, rows: Tensor) -> None:
         self.model, self.rows = model, rows
         self.context = model.config.max_seq_len
         self.start = 0
         self.cache: KVCache | None = None
-        self._recorded: Callable[[Tensor], Tensor] | None = None
+        self._extend_by_graph: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, position: int) -> Tensor:
-        start = _window(self.start, position, self.context)
+        start = _window_start(self.start, position, self.context)
         if self.cache is None:
             self.cache = self._new_cache(position)
         elif start != self.start:
-            self.cache.length = 0  # what is in it is written over
+            self.cache.length = 0  # the window is read again
         self.start = start
         tokens = self.rows[:, start + self.cache.length : position]
         if tokens.shape[1] > 1 or not isinstance(self.cache, StaticCache):
             return self.model.extend(tokens, self.cache)
-        if self._recorded is None:
-            self._recorded = _recorded(self.model, self.cache)
-        return self._recorded(tokens)
+        if self._extend_by_graph is None:
+            self._extend_by_graph = _record_extension(self.model, self.cache)
+        return self._extend_by_graph(tokens)
 
     def _new_cache(self, position: int) -> KVCache:
         batch, length = self.rows.shape
-        kind = StaticCache if _worth_recording(self.rows.device, length - position) else KVCache
+        kind = StaticCache if _should_record(self.rows.device, length - position) else KVCache
         weight = self.model.token_embedding.weight.detach()
         return kind(self.model.config, batch, min(length, self.context), like=weight)
 
 
-def _worth_recording(device: torch.device, tokens_to_come: int) -> bool:
-    """On a GPU a token is some twenty launches a block, and a recording takes the time of a few tokens."""
-    return device.type == "cuda" and tokens_to_come >= _WORTH_RECORDING
+def _should_record(device: torch.device, num_tokens: int) -> bool:
+    return device.type == "cuda" and num_tokens >= _MIN_TOKENS_TO_RECORD
 
 
-def _recorded(model: TransformerLM, cache: StaticCache) -> Callable[[Tensor], Tensor]:
+def _record_extension(model: TransformerLM, cache: StaticCache) -> Callable[[Tensor], Tensor]:
     try:
         return _RecordedExtension(model, cache)
     except RuntimeError as error:
@@ -270,17 +288,17 @@ def _recorded(model: TransformerLM, cache: StaticCache) -> Callable[[Tensor], Te
 
 
 class _RecordedExtension:
-    """One more token for every cached sequence, as a CUDA graph."""
+    """Adds one token to every cached sequence, as a CUDA graph."""
 
     def __init__(self, model: TransformerLM, cache: StaticCache) -> None:
         self._cache = cache
         self._tokens = torch.zeros(len(cache.keys[0]), 1, dtype=torch.int64, device=cache.position.device)
-        # What the passes before the recording write lies where the first token goes.
+        # The passes before the recording write to the place of the first token, which overwrites it.
         cache.position.fill_(cache.length)
-        self._logits, self._replay = capture(lambda: model.one_more(self._tokens, cache), cache.position.device)
+        self._logits, self._replay = capture(lambda: model.extend_static(self._tokens, cache), cache.position.device)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits ``(batch, vocab)``, overwritten by the next call."""
+        """Return logits ``(batch, vocab)``, which the next call overwrites."""
         self._tokens.copy_(tokens)
         self._cache.position.fill_(self._cache.length)
         self._replay()
@@ -288,8 +306,8 @@ class _RecordedExtension:
         return self._logits
 
 
-class _PlainLogits:
-    """Logits of the next token of every row, from the whole window each time."""
+class _UncachedLogits:
+    """Logits of the next token of every row; reads the whole window for each."""
 
     def __init__(self, model: nn.Module, rows: Tensor) -> None:
         self.model, self.rows = model, rows
@@ -297,7 +315,7 @@ class _PlainLogits:
         self.start = 0
 
     def __call__(self, position: int) -> Tensor:
-        self.start = _window(self.start, position, self.context)
+        self.start = _window_start(self.start, position, self.context)
         output = self.model(self.rows[:, self.start : position])
         logits: Tensor = output if isinstance(output, Tensor) else output.logits
         return logits[:, -1]

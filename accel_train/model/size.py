@@ -1,20 +1,26 @@
-"""How large a model is, and about how much memory its training takes."""
+"""How many parameters a model has, and about how much memory its training takes."""
 
 from __future__ import annotations
 
 import psutil
 import torch
+from torch import nn
 
-from accel_train.config.sections import ExperimentConfig, ModelConfig
+from accel_train.config.sections import ModelConfig, TrainingConfig
 from accel_train.model.kernels.cross_entropy import CHUNK_ELEMENTS
 
 _FLOAT_BYTES = 4
 _PROGRAM_BYTES = 400_000_000
-"""Python, torch and what they load."""
+"""Python, torch and the libraries that they load."""
 
 
-def parameters(model: ModelConfig, vocab_size: int) -> int:
-    """Trained weights of a :class:`~accel_train.model.transformer.TransformerLM` of this size; tied ones count once."""
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of parameters of ``module``; tied ones count once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def transformer_parameters(model: ModelConfig, vocab_size: int) -> int:
+    """Return :func:`count_parameters` of a :class:`~accel_train.model.transformer.TransformerLM` without making it."""
     width, inner = model.d_model, model.feed_forward_width
     attention = 4 * width * width + 4 * width
     feed_forward = 2 * width * inner + inner + width
@@ -24,23 +30,22 @@ def parameters(model: ModelConfig, vocab_size: int) -> int:
     return model.n_layers * block + tables + positions + 2 * width
 
 
-def training_bytes(config: ExperimentConfig, vocab_size: int) -> int:
-    """About the memory of one training process: weights, gradients, moments, activations, in float32.
+def training_bytes(model: ModelConfig, training: TrainingConfig, vocab_size: int) -> int:
+    """Estimate the memory of one training process in bytes: weights, gradients, moments, activations, in float32.
 
-    Activations are what the backward pass of each block reads: its norms, projections and
-    feed-forward layer; attention weights are never stored whole.
+    Activations are what the backward pass of each block reads: its norms, projections and feed-forward layer.
+    Attention weights are not counted, and of the logits only the part that the fused loss holds at a time.
     """
-    model, training = config.model, config.training
     tokens = training.batch_size // training.gradient_accumulation_steps * model.max_seq_len
     per_block = 11 * model.d_model + 2 * model.feed_forward_width
-    logits = min(tokens * vocab_size, CHUNK_ELEMENTS) if config.task == "text" else tokens * vocab_size
+    logits = min(tokens * vocab_size, CHUNK_ELEMENTS)
     activations = tokens * (model.n_layers * per_block + 4 * model.d_model) + 3 * logits
-    return _PROGRAM_BYTES + _FLOAT_BYTES * (4 * parameters(model, vocab_size) + activations)
+    return _PROGRAM_BYTES + _FLOAT_BYTES * (4 * transformer_parameters(model, vocab_size) + activations)
 
 
-def warnings(config: ExperimentConfig, vocab_size: int) -> list[str]:
-    """What to tell somebody whose training will hardly fit into this machine's memory; nothing with a GPU."""
-    needed, free = training_bytes(config, vocab_size), psutil.virtual_memory().available
+def warnings(model: ModelConfig, training: TrainingConfig, vocab_size: int) -> list[str]:
+    """Return a warning if training is likely to exceed this machine's free memory; none where there is a GPU."""
+    needed, free = training_bytes(model, training, vocab_size), psutil.virtual_memory().available
     if torch.cuda.is_available() or needed < free:
         return []
     return [

@@ -2,15 +2,13 @@
 
 One file, one model. With learned positions it computes exactly what a transformers
 ``GPT2LMHeadModel`` of the same sizes computes; rotary positions (Su et al. 2021) are the one
-variation. There are no buffers: DDP would broadcast them before every forward pass, so the
-rotary angles are computed anew each time, which costs microseconds.
+variation. The model has no buffers, because DDP would broadcast them before every forward
+pass: the rotary angles are computed in each one, which costs microseconds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal, overload
 
 import torch
@@ -18,110 +16,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from accel_train.config.sections import ModelConfig
-from accel_train.model.extraction import Extraction, ExtractionMode
-from accel_train.model.kernels.attention import Angles, causal_attention, keeping_weights_pays
+from accel_train.model.extraction import Extraction, ExtractionMode, Recorder
+from accel_train.model.kernels.attention import Angles, causal_attention, should_store_weights
 from accel_train.model.kernels.cross_entropy import linear_cross_entropy
 from accel_train.model.kernels.dropout import Dropout
 from accel_train.model.kernels.gelu import gelu
+from accel_train.model.kv_cache import KVCache, StaticCache
+from accel_train.model.size import count_parameters
 
 INIT_STD = 0.02
 ROTARY_BASE = 10_000.0
 
 
-class KVCache:
-    """Keys and values of the tokens seen so far, preallocated for ``capacity`` tokens.
-
-    ``keys`` and ``values`` hold one ``(batch, heads, capacity, head_width)`` tensor per block;
-    ``length`` is the number of tokens in them.
-    """
-
-    def __init__(self, config: ModelConfig, batch: int, capacity: int, like: Tensor) -> None:
-        shape = (batch, config.n_heads, capacity, config.d_model // config.n_heads)
-        self.keys = [like.new_empty(shape) for _ in range(config.n_layers)]
-        self.values = [like.new_empty(shape) for _ in range(config.n_layers)]
-        self.length = 0
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new tokens' keys and values of one block; return those of all tokens so far."""
-        end = self.length + key.shape[2]
-        self.keys[layer][:, :, self.length : end] = key
-        self.values[layer][:, :, self.length : end] = value
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-
-class StaticCache(KVCache):
-    """A cache to which one token is added by the same kernels every time, so that they can be recorded as a graph.
-
-    Where the token goes is a number on the device, ``position`` (int64, one element).
-    """
-
-    def __init__(self, config: ModelConfig, batch: int, capacity: int, like: Tensor) -> None:
-        super().__init__(config, batch, capacity, like)
-        for stored in (*self.keys, *self.values):
-            stored.zero_()  # what is not seen yet is multiplied by zero, which it must allow
-        self.position = torch.zeros(1, dtype=torch.int64, device=like.device)
-        self._places = torch.arange(capacity, device=like.device)
-        self._adding = False
-
-    @property
-    def seen(self) -> Tensor | None:
-        """Bool ``(1, capacity)``: the places that a token which is being added may look at; None otherwise."""
-        return (self._places <= self.position).unsqueeze(0) if self._adding else None
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """As for any cache; while a token is being added, return all places, seen or not."""
-        if not self._adding:
-            return super().append(layer, key, value)
-        here = (self._places == self.position).view(-1, 1)
-        for stored, new in ((self.keys[layer], key), (self.values[layer], value)):
-            torch.where(here, new, stored, out=stored)
-        return self.keys[layer], self.values[layer]
-
-    @contextmanager
-    def adding(self) -> Iterator[None]:
-        """In here one token is added at ``position``, whatever ``length`` says."""
-        self._adding = True
-        try:
-            yield
-        finally:
-            self._adding = False
-
-
-class Recorder:
-    """Collects the tensors that an extraction mode asks for."""
-
-    def __init__(self, mode: ExtractionMode) -> None:
-        self.mode = mode
-        self.scores: list[Tensor] = []
-        self.weights: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self.residual: list[Tensor] = []
-
-    def attention(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Record one block's attention from its ``(batch, heads, time, head_width)`` inputs."""
-        if self.mode & (ExtractionMode.SCORES | ExtractionMode.WEIGHTS):
-            time = query.shape[2]
-            later = torch.ones(time, time, dtype=torch.bool, device=query.device).triu(1)
-            scores = (query @ key.transpose(2, 3) / math.sqrt(query.shape[3])).masked_fill(later, -math.inf)
-            if self.mode & ExtractionMode.SCORES:
-                self.scores.append(scores)
-            if self.mode & ExtractionMode.WEIGHTS:
-                self.weights.append(scores.softmax(dim=-1))
-        if self.mode & ExtractionMode.VALUES:
-            self.values.append(value)
-
-    def stream(self, x: Tensor) -> None:
-        """Record the residual stream ``(batch, time, d_model)``."""
-        if self.mode & ExtractionMode.RESIDUAL:
-            self.residual.append(x)
-
-    def output(self, logits: Tensor) -> Extraction:
-        """Everything recorded, with the logits."""
-        return Extraction(logits, tuple(self.scores), tuple(self.weights), tuple(self.values), tuple(self.residual))
-
-
 def rotary_angles(start: int, end: int, head_width: int, like: Tensor) -> Angles:
-    """Cosine and sine of the rotation of positions ``start`` to ``end``, ``(time, head_width)`` each."""
+    """Return cosine and sine of the rotation of positions ``start`` to ``end - 1``, ``(time, head_width)`` each."""
     exponents = torch.arange(0, head_width, 2, device=like.device, dtype=torch.float32) / head_width
     positions = torch.arange(start, end, device=like.device, dtype=torch.float32)
     angles = torch.outer(positions, ROTARY_BASE**-exponents).repeat(1, 2)
@@ -134,7 +42,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _heads(packed: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values ``(batch, heads, time, head_width)`` of ``(batch, time, 3, heads, head_width)``."""
+    """Split ``(batch, time, 3, heads, head_width)`` into rotated queries and keys, and values, each per head."""
     query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
     if angles is not None:
         query, key = _rotate(query, *angles), _rotate(key, *angles)
@@ -142,11 +50,11 @@ def _heads(packed: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor, Tenso
 
 
 _MANY_SINGLE_QUERIES = 1024
-"""Sequences times heads from which on two batched products are faster on a CPU than its attention kernel."""
+"""From this product of sequences and heads on, two batched products are faster on a CPU than the attention kernel."""
 
 
 def _single_query_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention of one query ``(batch, heads, 1, head_width)`` each over ``(batch, heads, time, head_width)``."""
+    """Attend with one query ``(batch, heads, 1, head_width)`` per head to ``(batch, heads, time, head_width)``."""
     weights = torch.softmax((query * query.shape[3] ** -0.5) @ key.transpose(2, 3), dim=-1)
     return weights @ value
 
@@ -173,23 +81,23 @@ class Attention(nn.Module):
         batch, time, width = x.shape
         packed = self.qkv(x).view(batch, time, 3, self.n_heads, -1)
         if recorder is not None:
-            recorder.attention(*_heads(packed, angles))
+            recorder.record_attention(*_heads(packed, angles))
         dropout = self.dropout if self.training else 0.0
-        if cache is None and not dropout and keeping_weights_pays(packed):
+        if cache is None and not dropout and should_store_weights(packed):
             return self.output(causal_attention(packed, angles))  # type: ignore[no-any-return]
         query, key, value = _heads(packed, angles)
         if cache is not None:
             key, value = cache.append(self.layer, key, value)
-        # A single query may look at every cached key; a prefill starts from an empty cache.
-        # A branch, not an expression: to the compiler the length may be a variable, and attention wants a plain bool.
+        # A single query attends to every cached key; several queries start from an empty cache.
+        # A branch, not an expression: the compiler may take the length for a variable, and attention needs a bool.
         causal = False
         if time > 1:
             causal = True
         elif type(cache) is KVCache and x.device.type == "cpu" and batch * self.n_heads >= _MANY_SINGLE_QUERIES:
             mixed = _single_query_attention(query, key, value)
             return self.output(mixed.reshape(batch, time, width))  # type: ignore[no-any-return]
-        seen = cache.seen if isinstance(cache, StaticCache) else None
-        mixed = functional.scaled_dot_product_attention(query, key, value, seen, dropout_p=dropout, is_causal=causal)
+        visible = cache.visible if isinstance(cache, StaticCache) else None
+        mixed = functional.scaled_dot_product_attention(query, key, value, visible, dropout_p=dropout, is_causal=causal)
         mixed = mixed.transpose(1, 2).reshape(batch, time, width)
         return self.output(mixed)  # type: ignore[no-any-return]
 
@@ -208,7 +116,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block: each branch reads a normalised copy of the residual stream and adds to it."""
+    """One pre-norm transformer block: attention, then the feed-forward layer, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -233,7 +141,7 @@ class Block(nn.Module):
 class TransformerLM(nn.Module):
     """A decoder-only transformer language model.
 
-    Initialised as GPT-2 is, from torch's global generator: seed it for a reproducible model.
+    Initialised as GPT-2 is, from torch's global generator; seed that for a reproducible model.
     Weights are normal with standard deviation 0.02, divided by ``sqrt(2 * n_layers)`` in the
     two layers per block that write to the residual stream; biases are zero.
 
@@ -252,7 +160,7 @@ class TransformerLM(nn.Module):
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = nn.LayerNorm(config.d_model)
-        # Tied weights are one parameter under one name: nothing downstream has to know about sharing.
+        # Tied weights are one parameter under one name, so that nothing else has to know about sharing.
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, vocab_size, bias=False)
         self._initialise()
 
@@ -266,8 +174,8 @@ class TransformerLM(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Number of trained weights; tied ones count once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Number of parameters; tied ones count once."""
+        return count_parameters(self)
 
     @overload
     def forward(
@@ -280,17 +188,17 @@ class TransformerLM(nn.Module):
     def forward(
         self, tokens: Tensor, mode: ExtractionMode = ExtractionMode.NONE, *, targets: Tensor | None = None
     ) -> Tensor | Extraction:
-        """Logits of the next token at every position, or their loss.
+        """Return the logits of the next token at every position, or their loss.
 
         Args:
             tokens: int64 ``(batch, time)``, with ``time <= config.max_seq_len``.
             mode: tensors to return beside the logits.
-            targets: int64 ``(batch, time)``, the token that follows each of ``tokens``: asks for the mean
-                cross-entropy instead of the logits, which are then never held all at once.
+            targets: int64 ``(batch, time)``, the token that follows each of ``tokens``. With them the mean
+                cross-entropy is returned, and the logits are never held all at once.
 
         Returns:
-            Logits ``(batch, time, vocab)``; with another mode than ``NONE`` an
-            :class:`~accel_train.model.extraction.Extraction` holding the same logits, bit for bit
+            Logits ``(batch, time, vocab)``; with a mode other than ``NONE`` an
+            :class:`~accel_train.model.extraction.Extraction` with the same logits, bit for bit
             (if both are computed with gradients, or both without);
             with ``targets`` a scalar, in nats per token.
 
@@ -298,18 +206,18 @@ class TransformerLM(nn.Module):
             ValueError: more tokens than the context holds.
         """
         if targets is not None:
-            x = self.final_norm(self._stream(tokens))
+            x = self.final_norm(self._residual_stream(tokens))
             return linear_cross_entropy(x.flatten(0, 1), self._output_weight, targets.flatten())
         recorder = None if mode is ExtractionMode.NONE else Recorder(mode)
-        logits = self._logits(self._stream(tokens, recorder))
-        return logits if recorder is None else recorder.output(logits)
+        logits = self._logits(self._residual_stream(tokens, recorder))
+        return logits if recorder is None else recorder.extraction(logits)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty cache for :meth:`extend`, for at most ``capacity`` tokens per sequence."""
+        """Return an empty cache for :meth:`extend`, of ``capacity`` tokens per sequence."""
         return KVCache(self.config, batch, capacity, like=self.token_embedding.weight.detach())
 
     def extend(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Add tokens to cached sequences and predict what follows.
+        """Add tokens to the cached sequences and predict the next one.
 
         Args:
             tokens: int64 ``(batch, time)``: the prompt for an empty cache, one token after that.
@@ -319,18 +227,18 @@ class TransformerLM(nn.Module):
             Logits ``(batch, vocab)`` of the token after the last one.
 
         Raises:
-            ValueError: more tokens than the context holds, or several for a cache in use.
+            ValueError: more tokens than the context holds, or several for a cache that is not empty.
         """
         if cache.length and tokens.shape[1] != 1:
             raise ValueError(f"a cache in use takes one token at a time, not {tokens.shape[1]}")
-        x = self._stream(tokens, cache=cache)
+        x = self._residual_stream(tokens, cache=cache)
         cache.length += tokens.shape[1]
         return self._logits(x[:, -1])
 
-    def one_more(self, tokens: Tensor, cache: StaticCache) -> Tensor:
-        """What :meth:`extend` computes for one token, at ``cache.position`` instead of the end of the cache.
+    def extend_static(self, tokens: Tensor, cache: StaticCache) -> Tensor:
+        """Compute :meth:`extend` for one token at ``cache.position``, in a way that a CUDA graph can record.
 
-        Asks the device nothing and leaves ``cache.length`` alone, so that it can be recorded. Without gradients only.
+        It reads nothing back from the device and leaves ``cache.length`` as it is. Without gradients only.
 
         Args:
             tokens: int64 ``(batch, 1)``.
@@ -340,9 +248,11 @@ class TransformerLM(nn.Module):
             Logits ``(batch, vocab)`` of the token after it.
         """
         with cache.adding():
-            return self._logits(self._stream(tokens, cache=cache)[:, -1])
+            return self._logits(self._residual_stream(tokens, cache=cache)[:, -1])
 
-    def _stream(self, tokens: Tensor, recorder: Recorder | None = None, cache: KVCache | None = None) -> Tensor:
+    def _residual_stream(
+        self, tokens: Tensor, recorder: Recorder | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
         context = self.config.max_seq_len
@@ -351,8 +261,8 @@ class TransformerLM(nn.Module):
         x = self.token_embedding(tokens)
         angles = None
         head_width = self.config.d_model // self.config.n_heads
-        if isinstance(cache, StaticCache) and cache.seen is not None:
-            # Which one is not known here, only on the device.
+        if isinstance(cache, StaticCache) and cache.visible is not None:
+            # The position is known on the device only.
             if self.position_embedding is None:
                 cos, sin = rotary_angles(0, context, head_width, like=x)
                 angles = cos[cache.position], sin[cache.position]
@@ -365,10 +275,10 @@ class TransformerLM(nn.Module):
         x = self.dropout(x)
         for block in self.blocks:
             if recorder is not None:
-                recorder.stream(x)
+                recorder.record_residual(x)
             x = block(x, angles, recorder, cache)
         if recorder is not None:
-            recorder.stream(x)
+            recorder.record_residual(x)
         return x  # type: ignore[no-any-return]
 
     def _logits(self, x: Tensor) -> Tensor:

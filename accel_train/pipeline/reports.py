@@ -14,21 +14,10 @@ from typing import Any
 
 _MEASURED = ("val_loss", "val_bits_per_byte", "probe_loss", "overfit_gap")
 
-_ADVICE = {
-    "val_loss": "train longer (--epochs) or on more text",
-    "overfit_gap": "use more text, fewer --epochs, or more model.dropout (--config)",
-    "loss_rises": "lower the --learning-rate or use a larger --batch-size",
-    "repetition": "train longer (--epochs) or on more text, or sample with a higher text.temperature (--config)",
-    "language": "train longer (--epochs) or on more text of both languages",
-    "latency_p95_ms": "use a smaller model (--config), or a machine that does nothing else",
-    "rss_mb": "use a smaller model or --vocab-size",
-}
-"""What to try for a criterion that was missed."""
-
 
 def load_metrics_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of ``training_metrics.json``."""
-    text = resources.files("accel_train").joinpath("training_metrics.schema.json").read_text(encoding="utf-8")
+    text = resources.files("accel_train.pipeline").joinpath("training_metrics.schema.json").read_text(encoding="utf-8")
     schema: dict[str, Any] = json.loads(text)
     return schema
 
@@ -105,9 +94,14 @@ def validation_report(
     return {"run": str(run_dir), "checkpoint": checkpoint, "metrics": dict(scalars), **verdict}
 
 
-def advice(gate: Mapping[str, Any]) -> str:
-    """What to do about the criteria that were missed."""
-    missed = [_ADVICE[row["metric"]] for row in gate["criteria"] if not row["passed"] and row["metric"] in _ADVICE]
+def advice(known: Mapping[str, str], gate: Mapping[str, Any]) -> str:
+    """Return what to do about the criteria that were missed.
+
+    Args:
+        known: advice of the task, by metric.
+        gate: the verdict.
+    """
+    missed = [known[row["metric"]] for row in gate["criteria"] if not row["passed"] and row["metric"] in known]
     return "; ".join([*dict.fromkeys(missed), "or change the gate in the configuration (--config)"])
 
 

@@ -1,31 +1,28 @@
-"""``accel-train pipeline``: from a corpus to a validated model with one command.
+"""The phases of ``accel-train pipeline``: from a corpus to a validated model with one command.
 
 Five phases: prerequisites, corpus, tokenizer, training, validation. Each finds out by digests what
 is there already, does what is missing, and goes on with what was interrupted; the same command
-again does nothing twice. The exit code names the phase that failed:
-
-    0 success   1 prerequisites (and the command line)   2 corpus   3 tokenizer   4 training
-    5 validation   75 interrupted, with everything saved: the same command goes on
-
-Nothing that needs more than the standard library is imported until the prerequisites have been looked at, so that
-a missing package is an error for people.
+again does nothing twice. The exit code names the phase that failed (see :mod:`accel_train.errors`).
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
+from filelock import FileLock
+
+from accel_train.checkpoints.manifest import list_checkpoints, read_manifest, require_data, step_directory, verify
+from accel_train.config.sections import SHARED_CORPORA, EarlierRun, ExperimentConfig
 from accel_train.errors import (
     EXIT_CORPUS,
     EXIT_OK,
@@ -34,205 +31,123 @@ from accel_train.errors import (
     EXIT_TOKENIZER,
     EXIT_TRAINING,
     EXIT_VALIDATION,
+    CheckpointMismatch,
+    ConfigError,
+    Interrupted,
     PhaseFailed,
+    RunError,
 )
-from accel_train.pipeline import prerequisites
-from accel_train.pipeline import reports as pipeline_report
-from accel_train.pipeline.phases import as_option, print_line, say
-from accel_train.pipeline.prerequisites import OPTIONS_FILE, record_of, run_dir_of
-from accel_train.process.signals import StopSignal, leaving_on_stop_signals, tied_to_this_process
+from accel_train.files.atomic import write_atomic
+from accel_train.pipeline import reports
+from accel_train.pipeline.command import PHASES, print_heading
+from accel_train.pipeline.options import OPTIONS_FILE, as_option, kept_options
+from accel_train.pipeline.prerequisites import check_space, read_configuration, record_of, run_dir_of
+from accel_train.process.console import print_line, say
+from accel_train.process.fault_points import REPORT_BEGUN
+from accel_train.process.launcher import tied_to_this_process
+from accel_train.process.signals import StopSignal
+from accel_train.process.work import WorkContext
+from accel_train.runs import experiment
+from accel_train.runs.directory import dump_config
+from accel_train.runs.record import RunRecord, strict_json
+from accel_train.runs.use import evaluate, saved_data
+from accel_train.tasks.text.task import TextTask
 
-if TYPE_CHECKING:
-    from accel_train.config.sections import ExperimentConfig
-    from accel_train.process.fault_points import Observer
-    from accel_train.tasks.text.task import TextTask
-
-PHASES = ("Prerequisites", "Corpus", "Tokenizer", "Training", "Validation")
 METRICS_FILE = "training_metrics.json"
 REPORT_FILE = "validation_report.json"
-
 _POLL_SECONDS = 0.05
-_NOT_KEPT = ("resume", "fresh", "output_dir", "skip_corpus", "skip_tokenizer")
 
 
-def pipeline_main(argv: Sequence[str] | None = None, *, observer: Observer | None = None) -> int:
-    """Run the pipeline; returns the exit code.
+class Pipeline:
+    """The phases of one call.
 
     Args:
-        argv: options; by default those of this process.
-        observer: hears of every point at which a fault may fall.
+        options: checked, with those of an earlier call where that is resumed.
+        reached: hears of every fault point.
+        began: when the first phase began, on the clock of ``time.perf_counter``.
     """
-    try:
-        with leaving_on_stop_signals(EXIT_PREEMPTED):
-            options = _parser().parse_args(sys.argv[1:] if argv is None else list(argv))
-            return _Pipeline(options, observer).run()
-    except PhaseFailed as failure:
-        print(f"accel-train pipeline: error: {failure}", file=sys.stderr)
-        return failure.exit_code
 
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise PhaseFailed(EXIT_PREREQUISITES, f"{message}; see --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="accel-train pipeline",
-        description="Corpus, tokenizer, training, validation: one command. Run it again to go on, or to see that "
-        "nothing is left to do.",
-        epilog="exit codes: 0 success, 1 prerequisites, 2 corpus, 3 tokenizer, 4 training, 5 validation (a criterion "
-        "was missed, or the model is damaged), 75 interrupted: the same command goes on",
-        allow_abbrev=False,
-    )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--corpus-path", metavar="PATH", help="text file, or directory of *.txt files")
-    source.add_argument("--corpus-url", metavar="URL", help="text file on the network (default: a built-in corpus)")
-    parser.add_argument("--corpus-sha256", metavar="HEX", help="digest that the corpus must have")
-    parser.add_argument("--tokenizer", choices=["char", "bpe", "unigram"], help="kind of tokenizer")
-    parser.add_argument("--vocab-size", type=int, metavar="N", help="vocabulary of the tokenizer")
-    parser.add_argument("--epochs", type=int, metavar="N", help="epochs of training")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="windows per step")
-    parser.add_argument("--learning-rate", type=float, metavar="X", help="peak learning rate")
-    parser.add_argument("--max-seq-length", type=int, metavar="N", help="context length in tokens")
-    parser.add_argument("--seed", type=int, metavar="N", help="seed of everything random")
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="YAML of the text task that the options change (default: text_quick.yaml for the built-in corpus, "
-        "text_default.yaml for any other)",
-    )
-    parser.add_argument(
-        "--launcher",
-        metavar="COMMAND",
-        help="what starts the processes of training, such as 'accelerate launch --multi_gpu --num_processes 4' "
-        "(default: this process trains)",
-    )
-    parser.add_argument(
-        "--output-dir", metavar="DIR", default="results", help="where everything goes (default: results)"
-    )
-    parser.add_argument(
-        "--skip-corpus", action="store_true", help="neither fetch nor make a corpus: it must be there already"
-    )
-    parser.add_argument("--skip-tokenizer", action="store_true", help="train no tokenizer: it must be there already")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the options of the last call in this output directory"
-    )
-    parser.add_argument("--fresh", action="store_true", help="archive the earlier training run and train again")
-    return parser
-
-
-class _Pipeline:
-    """The phases of one call."""
-
-    def __init__(self, options: argparse.Namespace, observer: Observer | None) -> None:
-        self._options = options
+    def __init__(self, options: argparse.Namespace, reached: Callable[[str], None], began: float) -> None:
+        self._options, self._began = options, began
         self._out = Path(options.output_dir)
-        self._observer = observer
-        self._began = time.perf_counter()
+        self._work = WorkContext(say, reached=reached)
 
     def run(self) -> int:
-        """All phases; returns the exit code."""
-        with self._phase(0):
-            prerequisites.check_python()
-            prerequisites.check_output(self._options)
-            prerequisites.recall(self._options)
-            prerequisites.check_options(self._options)
-            config = self._configuration()
-            with self._failing(EXIT_PREREQUISITES):
-                prerequisites.check_space(config, self._out)
-            self._keep_options()
-        # From here on everything is installed.
-        interrupt = importlib.import_module("accel_train.process.work")
+        """Run the phases; returns the exit code."""
+        config = read_configuration(self._options)
+        with self._failing(EXIT_PREREQUISITES):
+            check_space(config, self._out)
+        self._keep_options()
+        self._done(0, self._began)
         stop = StopSignal()
         try:
             with stop.installed():
-                task = self._prepare(config, lambda: stop.requested)
-                # Here, where a signal is waited for: it takes seconds.
-                importlib.import_module("accel_train.runs.experiment")
-                if stop.requested:
-                    raise interrupt.Interrupted
+                work = replace(self._work, should_stop=lambda: stop.requested)
+                task = self._prepare(config, work)
+                work.check()
             self._train(config, task)
             with stop.installed():
                 return self._validate(config, task)
-        except (interrupt.Interrupted, KeyboardInterrupt):
+        except (Interrupted, KeyboardInterrupt):
             again = "with --resume instead of --fresh" if self._options.fresh else "again"
             print_line(f"interrupted: run the same command {again} to go on")
             return EXIT_PREEMPTED
 
     @contextmanager
     def _phase(self, number: int) -> Iterator[None]:
-        name, began = PHASES[number], time.perf_counter()
-        print_line(f"\n== {number + 1}/{len(PHASES)} {name} {'=' * (60 - len(name))}")
+        began = time.perf_counter()
+        print_heading(number)
         yield
-        print_line(f"{'done':<10} {name.lower()} in {time.perf_counter() - began:.1f} s")
+        self._done(number, began)
 
-    # -- configuration ---------------------------------------------------------------------
+    @staticmethod
+    def _done(number: int, began: float) -> None:
+        print_line(f"{'done':<10} {PHASES[number].lower()} in {time.perf_counter() - began:.1f} s")
+
+    @contextmanager
+    def _failing(self, code: int) -> Iterator[None]:
+        """Turn what people can act on into the end of a phase."""
+        try:
+            yield
+        except (PhaseFailed, Interrupted):
+            raise
+        except ConfigError as error:
+            # What is there but is no text cannot be tokenized, whenever that was noticed.
+            chosen = EXIT_TOKENIZER if getattr(error.__cause__, "is_content", False) else code
+            raise PhaseFailed(chosen, f"{as_option(error.field)}: {error.value} {error.rule}") from error
+        except (RunError, OSError, MemoryError) as error:
+            cure = "; train anew with --fresh" if isinstance(error, CheckpointMismatch) else ""
+            raise PhaseFailed(code, f"{error}{cure}" if str(error) else type(error).__name__) from error
 
     def _keep_options(self) -> None:
         """For the next ``--resume``; only options that make a configuration come so far."""
-        kept = {name: value for name, value in vars(self._options).items() if name not in _NOT_KEPT}
-        given = {name: value for name, value in kept.items() if value is not None}
         try:
-            self._publish(self._out / OPTIONS_FILE, json.dumps(given, indent=1).encode() + b"\n")
+            self._publish(self._out / OPTIONS_FILE, kept_options(self._options))
         except OSError as error:
             raise PhaseFailed(EXIT_PREREQUISITES, f"{error.filename or self._out}: {error.strerror}") from error
 
     def _publish(self, path: Path, content: bytes) -> None:
         """Write a file that other pipelines in this output directory may be writing too; the last one stays."""
-        lock = importlib.import_module("filelock").FileLock(self._out / ".pipeline.lock")
-        with lock:
-            importlib.import_module("accel_train.files.atomic").write_atomic(path, content)
-
-    def _configuration(self) -> ExperimentConfig:
-        """The example that fits, changed by the options."""
-        options, config = self._options, importlib.import_module("accel_train.config.sections")
-        own_corpus = options.corpus_path or options.corpus_url
-        file = Path(options.config or _example("text_default.yaml" if own_corpus else "text_quick.yaml"))
-        cli = importlib.import_module("accel_train.commands.main")
-        chosen = {
-            "task": "text",
-            "text.corpus": own_corpus,
-            "text.corpus_sha256": options.corpus_sha256,
-            "text.tokenizer": options.tokenizer,
-            "text.vocab_size": options.vocab_size,
-            "training.max_epochs": options.epochs,
-            "training.batch_size": options.batch_size,
-            "training.learning_rate": options.learning_rate,
-            "model.max_seq_len": options.max_seq_length,
-            "seed": options.seed,
-            "output_dir": str(self._out),
-        }
-        arguments = [f"--{name}={value}" for name, value in chosen.items() if value is not None]
-        try:
-            if cli.parse_config(["--config", str(file)])[0].task != "text":
-                rule = "describes another task than text; the examples text_*.yaml and char.yaml are a start"
-                raise PhaseFailed(EXIT_PREREQUISITES, f"--config: {file} {rule}")
-            parsed: ExperimentConfig = cli.parse_config(["--config", str(file), *arguments])[0]
-        except config.ConfigError as error:
-            raise PhaseFailed(EXIT_PREREQUISITES, f"{as_option(error.field)}: {error.value!r} {error.rule}") from error
-        say("settings", f"{file}{', with ' + ' '.join(arguments[1:-1]) if arguments[1:-1] else ''}")
-        return parsed
+        with FileLock(self._out / ".pipeline.lock"):
+            write_atomic(path, content)
 
     # -- corpus and tokenizer --------------------------------------------------------------
 
-    def _prepare(self, config: ExperimentConfig, should_stop: Callable[[], bool]) -> TextTask:
-        text = importlib.import_module("accel_train.tasks.text.task")
-        observers = {} if self._observer is None else {"observer": self._observer}
-        task: TextTask = text.TextTask(config, **observers)
-        shared = self._out / importlib.import_module("accel_train.config.sections").SHARED_CORPORA
+    def _prepare(self, config: ExperimentConfig, work: WorkContext) -> TextTask:
+        task = TextTask(config)
+        shared, preparation = self._out / SHARED_CORPORA, task.preparation
         with self._phase(1), self._failing(EXIT_CORPUS):
             if self._options.skip_corpus:
-                _require(task.preparation.missing_corpus(shared), EXIT_CORPUS, "corpus", "--skip-corpus")
-            task.check(say, should_stop)
-            corpus = task.preparation.build_corpus(shared, say, should_stop)
+                _require(preparation.missing_corpus(shared), EXIT_CORPUS, "corpus", "--skip-corpus")
+            task.check(work)
+            corpus = preparation.build_corpus(shared, work)
             self._tell_skipped(task, "corpus")
         with self._phase(2), self._failing(EXIT_TOKENIZER):
             if self._options.skip_tokenizer:
-                missing = task.preparation.missing_tokenizer(corpus, shared)
+                missing = preparation.missing_tokenizer(corpus, shared)
                 _require(missing, EXIT_TOKENIZER, "tokenizer", "--skip-tokenizer")
-            tokenizer = task.preparation.build_tokenizer(corpus, shared, say, should_stop)
-            task.open(str(task.preparation.build_tokens(corpus, tokenizer, shared, say, should_stop)))
+            tokenizer = preparation.build_tokenizer(corpus, shared, work)
+            task.open(str(preparation.build_tokens(corpus, tokenizer, shared, work)))
             self._tell_skipped(task, "tokenizer", "tokens")
         return task
 
@@ -241,61 +156,39 @@ class _Pipeline:
         if not any(name in task.preparation.built for name in names):
             say("skipped", "nothing to do: what is there was verified")
 
-    @contextmanager
-    def _failing(self, code: int) -> Iterator[None]:
-        config = importlib.import_module("accel_train.config.sections")
-        try:
-            yield
-        except config.ConfigError as error:
-            # What is there but is no text cannot be tokenized, whenever that was noticed.
-            chosen = EXIT_TOKENIZER if getattr(error.__cause__, "is_content", False) else code
-            raise PhaseFailed(chosen, f"{as_option(error.field)}: {error.value} {error.rule}") from error
-        except PhaseFailed:
-            raise
-        except Exception as error:
-            if not isinstance(error, (OSError, MemoryError, *_errors_of_runs())):
-                raise
-            raise PhaseFailed(code, str(error) or type(error).__name__) from error
-
-    # -- training and validation -----------------------------------------------------------
+    # -- training --------------------------------------------------------------------------
 
     def _train(self, config: ExperimentConfig, task: TextTask) -> None:
         run_dir = run_dir_of(config)
         with self._phase(3), self._failing(EXIT_TRAINING):
-            if record_of(run_dir).get("status") == "completed" and not self._options.fresh:
+            record = record_of(run_dir)
+            if record is not None and record.status == "completed" and not self._options.fresh:
                 self._require_same_data(run_dir, task)
                 say("skipped", f"{run_dir} is trained")
-            code = self._train_here(config) if self._options.launcher is None else self._launch(config, run_dir)
+            if self._options.launcher is None:
+                earlier = EarlierRun(fresh=self._options.fresh)
+                code = experiment.run(config, earlier=earlier, command=list(sys.argv), reached=self._work.reached)
+            else:
+                code = self._launch(config, run_dir)
             if code == EXIT_PREEMPTED:
-                raise importlib.import_module("accel_train.process.work").Interrupted
+                raise Interrupted
             if code != EXIT_OK:
                 raise PhaseFailed(EXIT_TRAINING, _why_training_failed(run_dir))
 
     @staticmethod
     def _require_same_data(run_dir: Path, task: TextTask) -> None:
         """Refuse a finished run whose corpus is another by now: its model knows nothing of it."""
-        manifest = importlib.import_module("accel_train.checkpoints.manifest")
-        found = manifest.list_checkpoints(run_dir / "checkpoints")
+        found = list_checkpoints(run_dir / "checkpoints")
         # A damaged one is told of by the validation.
-        if found and not manifest.verify(found[-1][1]):
+        if found and not verify(found[-1][1]):
             step, checkpoint = found[-1]
-            saved = importlib.import_module("accel_train.runs.use").saved_data(checkpoint)
-            manifest.require_data(saved, task.digests(), step, "train anew with --fresh")
-
-    def _train_here(self, config: ExperimentConfig) -> int:
-        settings = importlib.import_module("accel_train.config.sections")
-        experiment = importlib.import_module("accel_train.runs.experiment")
-        observers = {} if self._observer is None else {"observer": self._observer}
-        earlier = settings.EarlierRun(fresh=self._options.fresh)
-        code: int = experiment.run(config, earlier=earlier, command=list(sys.argv), **observers)
-        return code
+            require_data(saved_data(checkpoint), task.digests(), step, "train anew")
 
     def _launch(self, config: ExperimentConfig, run_dir: Path) -> int:
         """Train in the processes that ``--launcher`` starts; the record says what came of it, launchers do not."""
-        rundir = importlib.import_module("accel_train.runs.directory")
         # A name of its own: pipelines with other options may share the output directory.
         path = self._out / f"{run_dir.name}.yaml"
-        self._publish(path, rundir.dump_config(config).encode())
+        self._publish(path, dump_config(config).encode())
         line = [*shlex.split(self._options.launcher), "-m", "accel_train.commands.main", "train", "--config", str(path)]
         line += ["--fresh"] if self._options.fresh else []
         say("launch", shlex.join(line))
@@ -311,63 +204,48 @@ class _Pipeline:
         after = record_of(run_dir)
         # What a launch before this one has left says nothing about this one.
         is_new = _launch_of(after) != before
-        if after.get("status") == "completed" and (is_new or process.returncode == 0):
+        status = None if after is None else after.status
+        if status == "completed" and (is_new or process.returncode == 0):
             return EXIT_OK
-        if stop.requested or (is_new and after.get("status") == "preempted"):
+        if stop.requested or (is_new and status == "preempted"):
             return EXIT_PREEMPTED
         if not is_new:
             rule = f"ended with code {process.returncode} before training began; see above, and check it"
             raise PhaseFailed(EXIT_TRAINING, f"--launcher: {line[0]} {rule}")
         return EXIT_TRAINING
 
+    # -- validation ------------------------------------------------------------------------
+
     def _validate(self, config: ExperimentConfig, task: TextTask) -> int:
         run_dir = run_dir_of(config)
         with self._phase(4), self._failing(EXIT_VALIDATION):
-            record = record_of(run_dir)
-            checkpoint = self._final_checkpoint(run_dir, record)
+            found = record_of(run_dir)
+            assert found is not None, "a finished run has a record"
+            record, checkpoint = found.to_dict(), _final_checkpoint(run_dir, found)
             gate = record["gate"]
             if gate["evidence"].get("weights_sha256") == checkpoint["weights_sha256"]:
                 say("verified", f"{checkpoint['path']}: these weights were judged")
             else:
-                inference = importlib.import_module("accel_train.runs.use")
-                gate = inference.evaluate(run_dir)
+                gate = evaluate(run_dir)
             scalars = record["metrics"]["scalars"]
-            metrics = pipeline_report.training_metrics(record, run_dir)
-            report = pipeline_report.validation_report(gate, scalars, run_dir, checkpoint)
+            metrics = reports.training_metrics(record, run_dir)
+            report = reports.validation_report(gate, scalars, run_dir, checkpoint)
             # With the run, and for convenience where the user looks first: there it is the last run's.
             for directory in (run_dir, self._out):
                 self._write(directory / METRICS_FILE, metrics)
                 self._write(directory / REPORT_FILE, report)
-            for line in pipeline_report.verdict_lines(gate, scalars):
+            for line in reports.verdict_lines(gate, scalars):
                 say(*line)
         self._summarise(run_dir, checkpoint["path"])
         if not gate["passed"]:
-            raise PhaseFailed(
-                EXIT_VALIDATION,
-                f"the model does not pass: {gate['failure_reason']}; {pipeline_report.advice(gate)}",
-            )
+            reason = f"the model does not pass: {gate['failure_reason']}; {reports.advice(task.advice, gate)}"
+            raise PhaseFailed(EXIT_VALIDATION, reason)
         print_line(f"\nsuccess in {time.perf_counter() - self._began:.1f} s")
         return EXIT_OK
 
-    @staticmethod
-    def _final_checkpoint(run_dir: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-        manifest = importlib.import_module("accel_train.checkpoints.manifest")
-        path = run_dir / "checkpoints" / manifest.step_directory(record["metrics"]["scalars"]["steps_trained"])
-        problems = manifest.verify(path)
-        if problems:
-            raise PhaseFailed(
-                EXIT_VALIDATION,
-                f"the trained model is damaged: {path}: {'; '.join(problems)}; put the file back, or train again with "
-                "--fresh",
-            )
-        files = manifest.read_manifest(path)["files"]
-        return {"path": str(path), "weights_sha256": files["model.safetensors"]["sha256"]}
-
     def _write(self, path: Path, values: Mapping[str, Any]) -> None:
-        if self._observer is not None:
-            self._observer.reached(importlib.import_module("accel_train.process.fault_points").REPORT_BEGUN)
-        record = importlib.import_module("accel_train.runs.record")
-        text = json.dumps(json.loads(record.strict_json(values, path.name)), indent=1, ensure_ascii=False)
+        self._work.reached(REPORT_BEGUN)
+        text = json.dumps(json.loads(strict_json(values, path.name)), indent=1, ensure_ascii=False)
         self._publish(path, text.encode() + b"\n")
 
     def _summarise(self, run_dir: Path, checkpoint: str) -> None:
@@ -394,26 +272,23 @@ def _require(missing: str | None, code: int, what: str, option: str) -> None:
         raise PhaseFailed(code, f"there is no {what} to go on with ({missing}); leave out {option}")
 
 
-def _example(name: str) -> Path:
-    """An example that comes with the package."""
-    return Path(__file__).parents[1] / "examples" / name
-
-
-def _errors_of_runs() -> tuple[type[Exception], ...]:
-    """What reading a run may raise; only once that was imported."""
-    names = (
-        ("accel_train.checkpoints.manifest", "CheckpointError"),
-        ("accel_train.runs.record", "RecordError"),
-        ("accel_train.tasks.text.tokenizer", "TokenizerError"),
-    )
-    return tuple(getattr(sys.modules[module], name) for module, name in names if module in sys.modules)
+def _final_checkpoint(run_dir: Path, record: RunRecord) -> dict[str, Any]:
+    path = run_dir / "checkpoints" / step_directory(int(record.metrics.scalars["steps_trained"] or 0))
+    problems = verify(path)
+    if problems:
+        raise PhaseFailed(
+            EXIT_VALIDATION,
+            f"the trained model is damaged: {path}: {'; '.join(problems)}; put the file back, or train again with "
+            "--fresh",
+        )
+    return {"path": str(path), "weights_sha256": read_manifest(path)["files"]["model.safetensors"]["sha256"]}
 
 
 def _why_training_failed(run_dir: Path) -> str:
     """What the record of a run says, and what to do; what would only happen again is not advised."""
-    manifest = importlib.import_module("accel_train.checkpoints.manifest")
-    reason = str(record_of(run_dir).get("reason") or "see above")
-    found = manifest.list_checkpoints(run_dir / "checkpoints")
+    record = record_of(run_dir)
+    reason = (record and record.reason) or "see above"
+    found = list_checkpoints(run_dir / "checkpoints")
     if "not finite" in reason:
         then = "the same command would come to the same: lower the --learning-rate"
     elif "out of memory" in reason:
@@ -427,10 +302,6 @@ def _why_training_failed(run_dir: Path) -> str:
     return f"training failed: {reason}{details}; {then}"
 
 
-def _launch_of(record: Mapping[str, Any]) -> tuple[Any, Any]:
+def _launch_of(record: RunRecord | None) -> tuple[str, int] | None:
     """Which run, and which of its launches, a record tells of."""
-    return record.get("run_id"), record.get("provenance", {}).get("launches")
-
-
-if __name__ == "__main__":
-    sys.exit(pipeline_main())
+    return None if record is None else (record.run_id, record.provenance.launches)

@@ -1,8 +1,7 @@
 """The points of a run between which a fault may fall, told to whoever injects faults.
 
-Production code announces the points and knows nothing of faults: the observer that every run
-has by default hears of them and does nothing. One that kills its process at a point turns
-"at any instant" into a list that can be tested one by one.
+Production code announces every point to a callable ``reached(point)``, which does nothing by default. One that
+kills its process at a point turns "at any instant" into a list that can be tested one by one.
 """
 
 from __future__ import annotations
@@ -52,13 +51,3 @@ POINTS = (
     REPORT_BEGUN,
     RECORD_WRITTEN_ASIDE,
 )
-
-
-class Observer:
-    """Hears of every point reached, in the thread that reached it; does nothing."""
-
-    def reached(self, point: str) -> None:
-        """Called at every point of :data:`POINTS`; what it raises is raised there."""
-
-
-SILENT = Observer()

@@ -7,26 +7,24 @@ handlers are idempotent.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import select
 import signal
 import socket
-import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
+
+from accel_train.process.launcher import ask_for_sigterm_when_launcher_dies, is_orphan_of, launcher_pid
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 # A launcher forwards the terminal's Ctrl-C to workers that already got it: two within this
 # time are one.
 _SAME_INTERRUPT_SECONDS = 1.0
-_PR_SET_PDEATHSIG = 1
 # Of a rank that waits for the others to come: how often it looks up, and how long it stays once signalled.
 _MEETING_POLL_SECONDS = 0.5
 _MEETING_GRACE_SECONDS = 5.0
@@ -105,38 +103,6 @@ def leaving_on_stop_signals(code: int) -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def tied_to_this_process(line: Sequence[str]) -> list[str]:
-    """A command that becomes ``line`` and gets SIGTERM when this process dies, however it dies (Linux)."""
-    # Not between fork and exec: in a process with threads only signal-safe calls are allowed there.
-    code = f"import sys; from {__name__} import _become; _become({os.getpid()}, sys.argv[1:])"
-    return [sys.executable, "-c", code, *line]
-
-
-def _become(parent: int, line: list[str]) -> None:
-    _ask_for_sigterm_when_parent_dies()
-    if os.getppid() == parent:  # otherwise it died before it could be asked for
-        os.execvp(line[0], line)
-
-
-def _ask_for_sigterm_when_parent_dies() -> None:
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-
-
-def ask_for_sigterm_when_launcher_dies() -> bool:
-    """What :meth:`StopSignal.die_with_launcher` asks of the kernel; returns whether the launcher is dead already.
-
-    To be called as early as possible too: where orphans get another parent than process 1, a launcher
-    that died before the first call goes unnoticed.
-    """
-    if not _under_launcher() or not sys.platform.startswith("linux"):
-        return False
-    parent = os.getppid()
-    _ask_for_sigterm_when_parent_dies()
-    # The launcher may have died before the request was registered.
-    return _is_orphan_of(parent)
-
-
 @contextmanager
 def leaving_while_ranks_meet(code: int, stop: StopSignal) -> Iterator[None]:
     """In the block, until the ranks have met: ``stop`` or the launcher's death ends the process with ``code``.
@@ -146,7 +112,7 @@ def leaving_while_ranks_meet(code: int, stop: StopSignal) -> Iterator[None]:
     seconds for them to meet after all, so that they can agree on it. Nothing has begun that could be saved.
     Main thread only; does nothing for one process without a launcher.
     """
-    launcher = os.getppid() if _under_launcher() and sys.platform.startswith("linux") else None
+    launcher = launcher_pid()
     if launcher is None and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
@@ -161,7 +127,7 @@ def leaving_while_ranks_meet(code: int, stop: StopSignal) -> Iterator[None]:
                 number in STOP_SIGNALS for number in arrivals.recv(256)
             ):
                 leave_at = min(leave_at, time.monotonic() + _MEETING_GRACE_SECONDS)
-            if time.monotonic() > leave_at or (launcher is not None and _is_orphan_of(launcher)):
+            if time.monotonic() > leave_at or (launcher is not None and is_orphan_of(launcher)):
                 os._exit(code)
 
     thread = threading.Thread(target=watch, name="meeting-watch", daemon=True)
@@ -179,22 +145,3 @@ def leaving_while_ranks_meet(code: int, stop: StopSignal) -> Iterator[None]:
             wakeup.send(b"\0")  # no signal has this number: the thread need not be waited for
             if thread.ident is not None:
                 thread.join()
-
-
-def _is_orphan_of(parent: int) -> bool:
-    """Whether ``parent``, the parent of this process when it was first asked, is not (or no longer) the launcher."""
-    return os.getppid() != parent or (parent == 1 and not _process_1_is_launcher())
-
-
-def _process_1_is_launcher() -> bool:
-    """As in a container whose command is the launcher itself: then process 1 is no sign of an orphan."""
-    try:
-        command = Path("/proc/1/cmdline").read_bytes()
-    except OSError:
-        return False
-    return any(name in command for name in (b"accelerate", b"torchrun", b"torch.distributed"))
-
-
-def _under_launcher() -> bool:
-    # `accelerate launch` sets the first for every worker, torchrun the second.
-    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ

@@ -34,3 +34,26 @@ class Stopwatch:
     def idle_of(self, phase: str) -> float:
         """Seconds counted under any other phase than ``phase``."""
         return sum(seconds for name, seconds in self.seconds.items() if name != phase)
+
+
+class Rate:
+    """How fast a count grows in one phase; time in other phases is left out.
+
+    Args:
+        clock: times the phases.
+        phase: the one in which the count grows.
+        count: as it stands now.
+    """
+
+    def __init__(self, clock: Stopwatch, phase: str, count: int) -> None:
+        self._clock, self._phase = clock, phase
+        self._mark = (self._now(), count)
+
+    def since_last(self, count: int) -> float:
+        """Return the growth per second since the last call."""
+        before, known = self._mark
+        self._mark = (self._now(), count)
+        return (count - known) / max(self._mark[0] - before, 1e-9)
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._clock.idle_of(self._phase)

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import os
 import platform
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
@@ -36,7 +33,7 @@ _MAX_WARM_UP_PASSES = 5
 def build_accelerator(
     config: TrainingConfig, *, log_with: Sequence[str] = (), log_dir: str | None = None
 ) -> Accelerator:
-    """An Accelerator with our timeout, batch splitting and accumulation.
+    """Return an Accelerator with the configured timeout and accumulation that splits batches among the ranks.
 
     Raises:
         ConfigError: the launched processes did not find each other, or cannot share a batch.
@@ -75,10 +72,10 @@ def build_accelerator(
 
 
 def check_accelerator(accelerator: Accelerator, config: TrainingConfig) -> None:
-    """Refuse an Accelerator that would cut batches or count micro-steps otherwise than the loop does.
+    """Refuse an Accelerator that does not split batches or count micro-steps as the loop does.
 
     Raises:
-        ConfigError: it was not made as :func:`build_accelerator` makes it.
+        ConfigError: it was not built by :func:`build_accelerator`.
     """
     if accelerator.num_processes > 1 and not accelerator.split_batches:
         raise ConfigError("accelerator", "split_batches=False", "must split batches; use build_accelerator")
@@ -104,7 +101,7 @@ def _make_deterministic() -> None:
 
 
 def arithmetic(accelerator: Accelerator) -> dict[str, str]:
-    """What changes the meaning of the arithmetic; a checkpoint of another one is refused."""
+    """Return precision, compilation and sharding; a checkpoint made with others is refused."""
     dynamo = getattr(accelerator.state, "dynamo_plugin", None)
     return {
         "mixed_precision": str(accelerator.mixed_precision),
@@ -114,7 +111,7 @@ def arithmetic(accelerator: Accelerator) -> dict[str, str]:
 
 
 def machine(accelerator: Accelerator) -> dict[str, Any]:
-    """What else decides the bits: recorded, and a change between two launches is a warning."""
+    """Return what else decides the bits; it is recorded, and a change between two launches is a warning."""
     device = accelerator.device
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -126,24 +123,11 @@ def machine(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def preserved_random_state(device: torch.device) -> Iterator[None]:
-    """Leave the global random states (Python, NumPy, torch, this process's GPU) as the block found them."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state is meant
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
-
-
 def warm_up_buckets(model: nn.Module, backward: Callable[[], None]) -> None:
-    """Throwaway backwards until DDP has rebuilt its buckets; leaves buffers as they were.
+    """Call ``backward`` until DDP has rebuilt its buckets, and restore the model's buffers.
 
-    The first backward of a process sums gradients in another order than all later ones. After
-    this the first one that counts is a later one, in a fresh run and in a resumed one alike.
+    The first backward of a process sums gradients in another order than all later ones. Called before training,
+    this makes fresh and resumed runs alike sum as a later one does.
     """
     saved = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     model.train()

@@ -20,7 +20,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar, cast
@@ -28,9 +28,9 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from accel_train.errors import EXIT_FAILED, Interrupted, LostPeer, PeerFailed
+from accel_train.errors import EXIT_FAILED, Interrupted, LostPeer, PeerFailed, RunError
 from accel_train.process.signals import StopSignal
-from accel_train.ranks.store import Board, first_line
+from accel_train.ranks.store import RankStore, first_line
 
 log = logging.getLogger(__name__)
 
@@ -62,20 +62,21 @@ class Coordinator:
         self._sequence = 0
         self._work: dist.Work | None = None
         self._failure: BaseException | None = None
+        self._is_leaving = False
         if self.world_size > 1:
-            self._board = Board(self.rank, timeout_seconds)
+            self._store = RankStore(self.rank, timeout_seconds)
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
             self._flag = torch.zeros(1)
 
     # -- between steps ---------------------------------------------------------------------
 
     def poll(self, failure: BaseException | None = None) -> bool:
-        """At every step boundary, on every rank: whether all ranks are to stop here.
+        """Return whether all ranks are to stop at this step boundary; called by every rank at every one.
 
-        With several ranks the answer reflects the flags as they were one step ago.
+        With several ranks the answer is that of one step ago.
 
         Args:
-            failure: what has gone wrong on this rank beside the loop; ends the run on all ranks.
+            failure: an error in this rank's background work; ends the run on all ranks.
 
         Raises:
             BaseException: ``failure``, on the rank that has it.
@@ -88,7 +89,7 @@ class Coordinator:
         if self.drain():
             return True
         if failure is not None:
-            # Before the agreement: whoever reads its result finds the reason on the board.
+            # Before the agreement: whoever reads its result finds the reason in the store.
             self._failure = failure
             self.announce_failure(failure)
         self._flag.fill_(_FAILED if failure is not None else _STOP if self.stop.requested else _GO_ON)
@@ -129,7 +130,7 @@ class Coordinator:
         if self.world_size == 1:
             return work(lambda: self.stop.requested)
         self._sequence += 1
-        self._board.phase = name
+        self._store.phase = name
         key = f"phase{self._sequence}"
         result = self._lead(key, name, work) if self.is_main else self._follow(key, name)
         return cast(T, result)
@@ -137,60 +138,68 @@ class Coordinator:
     def announce_failure(self, error: BaseException) -> None:
         """Tell ranks that wait in a phase or a gather that this one is leaving."""
         if self.world_size > 1:
-            notice = {"rank": self.rank, **_described(error)}
             try:
-                self._board.set("failure", json.dumps(notice))
+                self._store.set("failure", json.dumps(self._described(error)))
             except LostPeer as lost:
                 log.warning("the other ranks could not be told of the failure: %s", lost)
 
     def named(self, error: LostPeer) -> LostPeer:
-        """``error``, its message completed by the ranks that do not answer a last call of a few seconds."""
-        if error.is_named:
-            return error
-        self._board.give_up_after(_ROLL_CALL_SECONDS)
-        try:
-            silent = self._call_the_roll()
-        except LostPeer:
-            silent = [0]
-        who = f"rank {_listed(silent)} does not answer any more: " if silent else ""
-        return LostPeer(f"{who}{error}", is_named=True)
+        """Return ``error`` with the ranks that are gone, and tell those that wait; a second call does nothing.
 
-    def _call_the_roll(self) -> list[int]:
-        if not self.is_main:
-            # Rank 0 lives as long as its board answers, busy as it may be: ask, since posting alone expects no answer.
-            self._board.has("roll/0")
-        others = [rank for rank in range(1, self.world_size) if rank != self.rank]
-        self._board.set(f"roll/{self.rank}", "")
+        Where it is not known which ranks are gone, those that are left answer a roll call of a few seconds. Rank 0
+        returns after all that are left, since the store ends with its process.
+        """
+        if self._is_leaving or 0 in error.ranks:
+            return error
+        self._is_leaving = True
+        self._store.give_up_after(_ROLL_CALL_SECONDS)
+        try:
+            if not self._store.has("failure"):
+                self._store.set("failure", json.dumps(self._described(error)))
+            if not error.ranks:
+                self._store.set(f"roll/{self.rank}", "")
+                error = _with_ranks(error, self._silent("roll", range(1, self.world_size)))
+            self._store.set(f"left/{self.rank}", "")
+            if self.is_main:
+                self._silent("left", set(range(self.world_size)).difference(error.ranks))
+        except LostPeer:
+            return error if error.ranks else _with_ranks(error, [0])
+        return error
+
+    def _silent(self, key: str, ranks: Iterable[int]) -> list[int]:
+        """Return those of ``ranks`` that have not posted ``key/rank`` after a few seconds."""
         deadline = time.monotonic() + _ROLL_CALL_SECONDS
-        while silent := [rank for rank in others if not self._board.has(f"roll/{rank}")]:
+        while silent := [rank for rank in ranks if not self._store.has(f"{key}/{rank}")]:
             if time.monotonic() > deadline:
                 break
             time.sleep(_POLL_SECONDS)
-        self._board.set(f"roll/{self.rank}/read", "")
-        if self.is_main:
-            # The board leaves with this process: not before those who answered have read it.
-            answered = [rank for rank in others if rank not in silent]
-            while not all(self._board.has(f"roll/{rank}/read") for rank in answered):
-                if time.monotonic() > deadline + _ROLL_CALL_SECONDS:
-                    break
-                time.sleep(_POLL_SECONDS)
         return silent
 
+    def _described(self, error: BaseException) -> dict[str, Any]:
+        """Return what the other ranks are told of an error; :func:`_heard` is the inverse."""
+        message = str(error)
+        return {
+            "rank": self.rank,
+            "error": f"{type(error).__name__}: {message}",
+            "message": message,
+            "exit_code": getattr(error, "exit_code", EXIT_FAILED),
+            "lost": list(error.ranks) if isinstance(error, LostPeer) else None,
+        }
+
     def _raise_announced(self, name: str) -> NoReturn:
-        notice = json.loads(self._board.get("failure"))
-        raise PeerFailed(notice["rank"], name, notice["error"], notice["exit_code"])
+        raise _heard(json.loads(self._store.get("failure")), name)
 
     def gather(self, name: str, value: Any) -> list[Any]:
-        """Every rank's ``value`` (JSON-serialisable) in rank order, on every rank; also a barrier."""
+        """Return every rank's ``value`` (JSON-serialisable) in rank order, on every rank; also a barrier."""
         if self.world_size == 1:
             return [value]
         self._sequence += 1
-        self._board.phase = name
+        self._store.phase = name
         key = f"gather{self._sequence}"
-        self._board.set(f"{key}/{self.rank}", json.dumps(value))
+        self._store.set(f"{key}/{self.rank}", json.dumps(value))
         self._await_ranks(key, name)
-        values = [json.loads(self._board.get(f"{key}/{rank}")) for rank in range(self.world_size)]
-        self._board.set(f"{key}/read/{self.rank}", "")
+        values = [json.loads(self._store.get(f"{key}/{rank}")) for rank in range(self.world_size)]
+        self._store.set(f"{key}/read/{self.rank}", "")
         if self.is_main:
             # The store lives in this process, which may be about to leave: not before all have read.
             self._await_ranks(f"{key}/read", name)
@@ -201,43 +210,46 @@ class Coordinator:
             with self._heartbeat(key):
                 result = work(self._stop_reader(key, name))
         except BaseException as error:
-            outcome = {**_described(error), "interrupted": isinstance(error, Interrupted)}
-            self._board.set(f"{key}/outcome", json.dumps(outcome))
+            outcome = {**self._described(error), "interrupted": isinstance(error, Interrupted)}
+            self._store.set(f"{key}/outcome", json.dumps(outcome))
             if isinstance(error, Interrupted):
                 self._await_ranks(key, name)
+            elif isinstance(error, Exception) and not isinstance(error, LostPeer):
+                # The store leaves with this process: some seconds for the others to read how the phase ended.
+                self._silent(key, range(1, self.world_size))
             raise
         encoded = json.dumps({"value": result})
-        self._board.set(f"{key}/outcome", encoded)
+        self._store.set(f"{key}/outcome", encoded)
         # Collectives may follow: start them only when nobody is still polling.
-        self._board.set(f"{key}/{self.rank}", "ready")
+        self._store.set(f"{key}/{self.rank}", "ready")
         self._await_ranks(key, name)
         return cast(T, json.loads(encoded)["value"])
 
     def _follow(self, key: str, name: str) -> Any:
         posted, beat, seen_at = False, "", time.monotonic()
         own_beats, next_beat = 0, 0.0
-        while not self._board.has(f"{key}/outcome"):
+        while not self._store.has(f"{key}/outcome"):
             if time.monotonic() >= next_beat:
                 own_beats, next_beat = own_beats + 1, time.monotonic() + _HEARTBEAT_SECONDS
-                self._board.set(f"{key}/beat/{self.rank}", str(own_beats))
+                self._store.set(f"{key}/beat/{self.rank}", str(own_beats))
             if self.stop.requested and not posted:
-                self._board.set(f"{key}/stop", str(self.rank))
+                self._store.set(f"{key}/stop", str(self.rank))
                 posted = True
-            if self._board.has(f"{key}/beat"):
-                newest = self._board.get(f"{key}/beat")
+            if self._store.has(f"{key}/beat"):
+                newest = self._store.get(f"{key}/beat")
                 if newest != beat:
                     beat, seen_at = newest, time.monotonic()
-            if self._board.has("failure") and not self._board.has(f"{key}/outcome"):
+            if self._store.has("failure") and not self._store.has(f"{key}/outcome"):
                 self._raise_announced(name)
             if time.monotonic() - seen_at > self.timeout:
-                raise LostPeer(f"rank 0 has been silent for {self.timeout:g} s in '{name}'", is_named=True)
+                raise LostPeer(f"rank 0 has been silent for {self.timeout:g} s in '{name}'", ranks=[0])
             time.sleep(_POLL_SECONDS)
-        outcome = json.loads(self._board.get(f"{key}/outcome"))
-        self._board.set(f"{key}/{self.rank}", "ready")
+        outcome = json.loads(self._store.get(f"{key}/outcome"))
+        self._store.set(f"{key}/{self.rank}", "ready")
         if outcome.get("interrupted"):
             raise Interrupted(outcome["message"])
         if "error" in outcome:
-            raise PeerFailed(0, name, outcome["error"], outcome["exit_code"])
+            raise _heard(outcome, name)
         return outcome["value"]
 
     def _stop_reader(self, key: str, name: str) -> Callable[[], bool]:
@@ -254,17 +266,17 @@ class Coordinator:
             now = time.monotonic()
             if not self.stop.requested and now >= next_look:
                 next_look = now + _FLAG_POLL_SECONDS
-                if self._board.has(f"{key}/stop"):
-                    self.stop.request(f"a signal to rank {self._board.get(f'{key}/stop')}")
+                if self._store.has(f"{key}/stop"):
+                    self.stop.request(f"a signal to rank {self._store.get(f'{key}/stop')}")
             if now >= next_count:
                 next_count = now + _HEARTBEAT_SECONDS
                 for rank, (beat, seen_at) in beats.items():
                     beat_key = f"{key}/beat/{rank}"
-                    newest = self._board.get(beat_key) if self._board.has(beat_key) else ""
+                    newest = self._store.get(beat_key) if self._store.has(beat_key) else ""
                     if newest != beat:
                         beats[rank] = (newest, now)
                     elif now - seen_at > self.timeout:
-                        raise LostPeer(f"rank {rank} has been silent for {self.timeout:g} s in '{name}'", is_named=True)
+                        raise LostPeer(f"rank {rank} has been silent for {self.timeout:g} s in '{name}'", ranks=[rank])
             return self.stop.requested
 
         return should_stop
@@ -277,7 +289,7 @@ class Coordinator:
             count = 0
             while True:
                 count += 1
-                self._board.set(f"{key}/beat", str(count))
+                self._store.set(f"{key}/beat", str(count))
                 if done.wait(_HEARTBEAT_SECONDS):
                     return
 
@@ -290,32 +302,34 @@ class Coordinator:
             thread.join()
 
     def _await_ranks(self, key: str, name: str) -> None:
-        """Poll until every rank has posted ``key/rank``; the timeout names those that did not."""
+        """Poll until every rank has posted ``key/rank``; the error after the timeout names those that did not."""
         deadline = time.monotonic() + self.timeout
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         while True:
             # Looked for first: a rank may have come here, gone on, and failed afterwards.
-            failed = self._board.has("failure")
-            missing = [rank for rank in others if not self._board.has(f"{key}/{rank}")]
+            failed = self._store.has("failure")
+            missing = [rank for rank in others if not self._store.has(f"{key}/{rank}")]
             if not missing:
                 return
             if failed:
                 self._raise_announced(name)
             if time.monotonic() > deadline:
                 late = f"rank {_listed(missing)} did not arrive at '{name}' within {self.timeout:g} s"
-                raise LostPeer(late, is_named=True)
+                raise LostPeer(late, ranks=missing)
             time.sleep(_POLL_SECONDS / 5)
 
 
-def _listed(ranks: list[int]) -> str:
+def _heard(notice: Mapping[str, Any], name: str) -> RunError:
+    """Return the error of a rank that waits for ``name`` and hears of another rank's."""
+    if notice["lost"] is not None:
+        return LostPeer(notice["message"], ranks=notice["lost"])
+    return PeerFailed(notice["rank"], name, notice["error"], notice["exit_code"])
+
+
+def _with_ranks(error: LostPeer, silent: Sequence[int]) -> LostPeer:
+    who = f"rank {_listed(silent)} does not answer any more: " if silent else ""
+    return LostPeer(f"{who}{error}", ranks=silent)
+
+
+def _listed(ranks: Iterable[int]) -> str:
     return ", ".join(map(str, ranks))
-
-
-def _described(error: BaseException) -> dict[str, Any]:
-    """What the other ranks are told of an error: its kind and message, and the code that its process leaves with."""
-    message = str(error)
-    return {
-        "error": f"{type(error).__name__}: {message}",
-        "message": message,
-        "exit_code": getattr(error, "exit_code", EXIT_FAILED),
-    }

@@ -1,4 +1,4 @@
-"""The board on which ranks leave each other word, and how a rank notices that another is gone."""
+"""A key-value store that all ranks reach, and how a rank notices that another one is gone."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from accel_train.errors import LostPeer
 
 T = TypeVar("T")
 
-# Every rank makes its boards in the same order, so the count names them.
-_boards = itertools.count()
-
+# Every rank makes its stores in the same order, so the count names them.
+_count = itertools.count()
 
 _LOST_PEER_SIGNS = (
     "connection closed",
@@ -34,7 +33,7 @@ _LOST_PEER_SIGNS = (
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone: backends say so in words only."""
+    """Return whether a collective failed because another rank is gone: backends say so in words only."""
     theirs = dist.is_available() and (type(error) is RuntimeError or isinstance(error, dist.DistError))
     return theirs and any(sign in str(error).lower() for sign in _LOST_PEER_SIGNS)
 
@@ -61,13 +60,12 @@ class _Caller(threading.Thread):
         return answer.result(timeout_seconds)
 
 
-class Board:
-    """The key-value store that ranks poll: a server inside rank 0.
+class RankStore:
+    """A key-value store, served by rank 0 and polled by all ranks.
 
-    The process group's own store lives in the launcher, and a launcher that is killed would take
-    it along; this one lives as long as the ranks need each other. An access that fails, or that
-    has no answer in time, means that rank 0 is gone: over a link that lost its packets the store
-    itself would wait for ever, deaf to signals.
+    The process group's own store may live in the launcher, and a launcher that is killed takes it along. This one
+    lives as long as rank 0. An access that fails, or has no answer in time, means that rank 0 is gone: over a
+    broken link an access without a timeout waits for ever and no signal is handled.
 
     Args:
         rank: the rank of this process; rank 0 serves the others.
@@ -80,9 +78,9 @@ class Board:
     def __init__(self, rank: int, timeout_seconds: float) -> None:
         self._timeout = timeout_seconds
         self.phase = "start"
-        """What the ranks are at, for the message of the error."""
+        """What the ranks are doing, for the message of the error."""
         exchange = dist.distributed_c10d._get_default_store()
-        address_key, timeout = f"accel_train/board{next(_boards)}", timedelta(seconds=timeout_seconds)
+        address_key, timeout = f"accel_train/store{next(_count)}", timedelta(seconds=timeout_seconds)
         host = os.environ.get("MASTER_ADDR", "localhost")
         serves = rank == 0
         port = 0 if serves else int(exchange.get(address_key))
@@ -94,19 +92,19 @@ class Board:
             exchange.set(address_key, str(self._store.port))
 
     def give_up_after(self, seconds: float) -> None:
-        """From now on wait so long for an answer."""
+        """Change the longest wait for an answer."""
         self._timeout = seconds
 
     def set(self, key: str, value: str) -> None:
-        """Post ``value`` under ``key``, for all ranks to see."""
+        """Store ``value`` under ``key``, where all ranks see it."""
         self._ask(lambda: self._store.set(key, value))
 
     def get(self, key: str) -> str:
-        """The value under ``key``, which must be there: see :meth:`has`."""
+        """Return the value under ``key``, which must be there: see :meth:`has`."""
         return self._ask(lambda: bytes(self._store.get(key)).decode())
 
     def has(self, key: str) -> bool:
-        """Whether anything stands under ``key``."""
+        """Return whether there is a value under ``key``."""
         return self._ask(lambda: bool(self._store.check([key])))
 
     def _ask(self, access: Callable[[], T]) -> T:
@@ -116,14 +114,12 @@ class Board:
             raise LostPeer(
                 f"rank 0 has not answered for {self._timeout:g} s (waiting for '{self.phase}'): "
                 "it or the link to its machine is down",
-                is_named=True,
+                ranks=[0],
             ) from error
         except RuntimeError as error:
-            raise LostPeer(
-                f"rank 0 is gone (waiting for '{self.phase}'): {first_line(error)}", is_named=True
-            ) from error
+            raise LostPeer(f"rank 0 is gone (waiting for '{self.phase}'): {first_line(error)}", ranks=[0]) from error
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what ``error`` says, or its kind."""
+    """Return the first line of an error's message, or the name of its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -13,36 +13,29 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from accel_train.config.sections import (
-    ExperimentConfig,
-    config_hash,
-    differing_fields,
-    experiment_id,
-    from_dict,
-    hashed_fields,
-    run_directory,
-    to_dict,
-)
+from accel_train.config.fields import from_dict, to_dict
+from accel_train.config.identity import config_hash, differing_fields, experiment_id, hashed_fields
+from accel_train.config.parse import load_yaml
+from accel_train.config.sections import SHARED_CORPORA, ExperimentConfig
 from accel_train.errors import ConfigError
 from accel_train.files.atomic import write_atomic
+from accel_train.process.work import Say, WorkContext
 from accel_train.runs.lock import RunLock
-from accel_train.runs.record import read_record
-from accel_train.training.progress import ConsoleHandler
+from accel_train.runs.record import RECORD_FILE, RunRecord, read_record
+from accel_train.tasks.registry import config_class
 
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 _TOKEN, _TOKEN_SECONDS = ".seen-by-all-", 30.0
 # The record goes first: a kill in the middle of archiving must not leave a directory that looks finished.
-_ARCHIVED = ("result.json", "checkpoints", "metrics.jsonl", CONFIG_FILE, "figures", "samples", "logs", "tracking")
+_ARCHIVED = (RECORD_FILE, "checkpoints", "metrics.jsonl", CONFIG_FILE, "figures", "samples", "logs", "tracking")
 
 
 class RunDirectory:
@@ -50,7 +43,7 @@ class RunDirectory:
 
     Args:
         config: the experiment's configuration.
-        init_digest: digest of the weights that ``training.init_from`` names.
+        init_digest: digest of the weights that ``start.weights`` names.
     """
 
     def __init__(self, config: ExperimentConfig, init_digest: str | None = None) -> None:
@@ -61,29 +54,23 @@ class RunDirectory:
         self.path = run_directory(config, init_digest)
         self._lock: RunLock | None = None
 
-    def open(self, *, fresh: bool, should_stop: Callable[[], bool], say: Callable[[str, str], None]) -> dict[str, Any]:
-        """Lock the directory, archive it if asked, and return the record found there (empty if none).
+    def open(self, work: WorkContext, *, fresh: bool) -> RunRecord | None:
+        """Lock the directory, archive it if asked, and return the record found there.
 
         Raises:
             RunLocked: another live process holds it.
             ConfigError: it belongs to another configuration, or cannot be made.
-            Interrupted: ``should_stop()`` turned true while waiting for the lock.
+            Interrupted: ``work`` was told to stop while waiting for the lock.
         """
         self._make()
-        lock = RunLock(
-            self.path,
-            self.config.training.lock_timeout,
-            on_wait=lambda message: say("lock", message),
-            should_stop=should_stop,
-            on_lost=_leave_at_once,
-        )
+        lock = RunLock(self.path, self.config.start.lock_timeout, work, on_lost=_leave_at_once)
         lock.acquire()
         self._lock = lock
         if fresh:
-            self._archive(say)
+            self._archive(work.say)
         self._refuse_other_configuration()
-        record = read_record(self.path) if (self.path / "result.json").exists() else {}
-        if record.get("status") != "completed":
+        record = read_record(self.path) if (self.path / RECORD_FILE).exists() else None
+        if record is None or record.status != "completed":
             write_atomic(self.path / CONFIG_FILE, dump_config(self.config).encode())
         return record
 
@@ -141,10 +128,10 @@ class RunDirectory:
             return
         theirs = read_config(path)
         lines = differing_fields(hashed_fields(self.config), hashed_fields(theirs))
-        if not lines and (self.path / "result.json").exists():
-            known = read_record(self.path).get("config_hash")
-            if known not in {None, self.config_hash}:
-                lines = [f"config_hash: {self.config_hash[:8]} here, {known[:8]} there (training.init_from)"]
+        if not lines and (self.path / RECORD_FILE).exists():
+            known = read_record(self.path).config_hash
+            if known != self.config_hash:
+                lines = [f"config_hash: {self.config_hash[:8]} here, {known[:8]} there (start.weights)"]
         if lines:
             raise ConfigError(
                 "name",
@@ -153,7 +140,7 @@ class RunDirectory:
                 "archive it and start over",
             )
 
-    def _archive(self, say: Callable[[str, str], None]) -> None:
+    def _archive(self, say: Say) -> None:
         present = [name for name in _ARCHIVED if (self.path / name).exists()]
         if not present:
             return
@@ -182,60 +169,39 @@ def dump_config(config: ExperimentConfig) -> str:
 
 
 def read_config(path: Path) -> ExperimentConfig:
-    """The configuration that a run stored.
+    """Return the configuration that a run stored.
 
     Raises:
-        ConfigError: the file cannot be read or is not a configuration.
+        ConfigError: the file cannot be read, is no configuration, or is one of another version.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(str(path), "config.yaml", f"cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(str(path), "config.yaml", "does not hold a configuration")
-    try:
-        return from_dict(values)
-    except TypeError as error:
-        raise ConfigError(str(path), "config.yaml", f"holds a value of a wrong type: {error}") from error
+        values = load_yaml(str(path))
+        return from_dict(values, config_class(str(values.get("task", ExperimentConfig.task))))
+    except ConfigError as error:
+        if error.field == "--config":
+            raise ConfigError(str(path), CONFIG_FILE, error.rule) from error
+        rule = f"was not written by this version of accel_train ({error}); use the one that wrote it, or train anew"
+        raise ConfigError(str(path), CONFIG_FILE, rule) from error
 
 
-class RunLog:
-    """What the package logs in one launch: to ``logs/rank_N.log``, and some of it to stderr.
+def run_directory(config: ExperimentConfig, init_digest: str | None = None) -> Path:
+    """Return where the run lives: ``output_dir / (name or experiment id)``."""
+    return Path(config.output_dir) / (config.name or experiment_id(config, init_digest))
 
-    There go the warnings of rank 0, and the errors of every other machine's first rank: what rank 0
-    says is not seen on that machine's screen.
 
-    Args:
-        rank: of this process.
-    """
-
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
-        self._logger = logging.getLogger("accel_train")
-        self._handlers: list[logging.Handler] = []
-        self.is_on_screen = os.environ.get("LOCAL_RANK", str(rank)) == "0"
-        """Whether errors of this process are shown."""
-        # Without any handler Python would print the warnings of every rank.
-        console = ConsoleHandler(logging.WARNING if rank == 0 else logging.ERROR)
-        self._add(console if self.is_on_screen else logging.NullHandler())
-
-    def open(self, run_dir: Path, launch: int) -> None:
-        """Append to the rank's file in ``run_dir`` from here on."""
-        directory = run_dir / "logs"
-        directory.mkdir(exist_ok=True)
-        handler = logging.FileHandler(directory / f"rank_{self._rank}.log", encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        self._logger.setLevel(logging.INFO)
-        self._add(handler)
-        self._logger.info("launch %d, rank %d, pid %d", launch, self._rank, os.getpid())
-
-    def close(self) -> None:
-        """Log nowhere any more; safe to call twice."""
-        while self._handlers:
-            handler = self._handlers.pop()
-            self._logger.removeHandler(handler)
-            handler.close()
-
-    def _add(self, handler: logging.Handler) -> None:
-        self._logger.addHandler(handler)
-        self._handlers.append(handler)
+def check_output_dir(config: ExperimentConfig) -> None:
+    """Raise :class:`ConfigError` unless the output directory can be written; creates nothing."""
+    path = Path(config.output_dir).absolute()
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    shared = path / SHARED_CORPORA
+    if not existing.is_dir():
+        rule = f"is not a directory: {existing} is a file"
+    elif shared.exists() and not shared.is_dir():
+        rule = f"holds a file named {SHARED_CORPORA}; move it or choose another"
+    elif not os.access(existing, os.W_OK | os.X_OK) or os.statvfs(existing).f_flag & os.ST_RDONLY:
+        rule = f"is not writable ({existing}); choose another"
+    else:
+        return
+    raise ConfigError("output_dir", config.output_dir, rule)

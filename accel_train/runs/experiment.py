@@ -12,51 +12,65 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import distributed as dist
 
 from accel_train.checkpoints.manifest import step_directory
-from accel_train.config.sections import SHARED_CORPORA, EarlierRun, ExperimentConfig, check_output_dir, to_dict
+from accel_train.config.fields import to_dict
+from accel_train.config.sections import SHARED_CORPORA, EarlierRun, ExperimentConfig
 from accel_train.errors import (
     EXIT_FAILED,
     EXIT_OK,
     EXIT_PREEMPTED,
-    CheckpointError,
+    CheckpointMismatch,
+    CheckpointsDamaged,
     ConfigError,
-    CorpusError,
     Interrupted,
     LostPeer,
-    NonFinite,
     PeerFailed,
     Preempted,
-    RecordError,
-    RunLocked,
+    RunError,
 )
+from accel_train.model.size import count_parameters
 from accel_train.model.transformer import TransformerLM
-from accel_train.process.fault_points import CONCLUSION_BEGUN, SILENT, Observer
+from accel_train.process.console import RunLog, say
+from accel_train.process.fault_points import CONCLUSION_BEGUN
 from accel_train.process.signals import StopSignal, leaving_while_ranks_meet
+from accel_train.process.work import WorkContext, be_silent, pass_by
 from accel_train.ranks.accelerator import arithmetic, build_accelerator, machine
 from accel_train.ranks.coordinator import Coordinator
 from accel_train.ranks.store import first_line, is_lost_peer
-from accel_train.runs.directory import CONFIG_FILE, RunDirectory, RunLog, dump_config
-from accel_train.runs.initial_weights import build_model, require_same_files, resolve_init
-from accel_train.runs.record import METRICS_FILE
-from accel_train.runs.recorder import RecordKeeper
-from accel_train.tasks.base import Task, Trained
+from accel_train.runs.directory import CONFIG_FILE, RunDirectory, check_output_dir, dump_config
+from accel_train.runs.initial_weights import build_model, require_same_files, resolve_weights
+from accel_train.runs.judge import Judge, epoch_means
+from accel_train.runs.metrics_log import METRICS_FILE
+from accel_train.runs.record import RECORD_FILE
+from accel_train.runs.recorder import Recorder
+from accel_train.runs.trackers import Trackers
 from accel_train.tasks.registry import build_task
 from accel_train.training.callbacks import Callback, LoopState
 from accel_train.training.hooks import Hooks, build_hooks
 from accel_train.training.losses import fused_cross_entropy
 from accel_train.training.non_finite import is_out_of_memory
-from accel_train.training.progress import Progress, be_silent, say
+from accel_train.training.progress import Progress
+from accel_train.training.services import Services
 from accel_train.training.trainer import Trainer
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
+
+_ADVICE: dict[type[BaseException], str] = {
+    CheckpointMismatch: "; --fresh archives the run and starts over, another --name or --output_dir starts a new run",
+    CheckpointsDamaged: "; --on_damage restart starts over from step 0, --fresh archives the run and starts over",
+}
+"""Options of the command line that help against an error, by its class."""
 
 
 def run(
@@ -64,7 +78,7 @@ def run(
     *,
     earlier: EarlierRun = EarlierRun(),  # noqa: B008 - it is frozen
     command: Sequence[str] = (),
-    observer: Observer = SILENT,
+    reached: Callable[[str], None] = pass_by,
 ) -> int:
     """Run an experiment to its end, or resume it; returns the process's exit code.
 
@@ -72,7 +86,7 @@ def run(
         config: what to run.
         earlier: what becomes of an earlier run of the same name.
         command: the command line, for the record.
-        observer: hears of every point at which a fault may fall.
+        reached: hears of every fault point.
 
     Raises:
         ConfigError: the configuration cannot be run; nothing has been written.
@@ -98,7 +112,7 @@ def run(
             return EXIT_FAILED
         run_log = RunLog(coordinator.rank)
         try:
-            experiment = _Experiment(config, earlier, accelerator, coordinator, command, run_log, observer)
+            experiment = _Experiment(config, earlier, accelerator, coordinator, command, run_log, reached)
             return experiment.run()
         finally:
             run_log.close()
@@ -117,16 +131,17 @@ class _Experiment:
         coordinator: Coordinator,
         command: Sequence[str],
         run_log: RunLog,
-        observer: Observer,
+        reached: Callable[[str], None],
     ) -> None:
-        self.config, self.command, self.run_log = config, command, run_log
-        self.earlier, self.observer = earlier, observer
+        self.config, self.command, self.run_log, self.earlier = config, command, run_log, earlier
         self.accelerator, self.coordinator = accelerator, coordinator
-        self.task: Task = build_task(config, observer)
-        self.say = say if coordinator.is_main else be_silent
-        self.progress = Progress()
-        self.directory = RunDirectory(config)
-        self.keeper = RecordKeeper(self.directory, command, observer)
+        self.work = WorkContext(say if coordinator.is_main else be_silent, reached=reached)
+        self.say = self.work.say
+        self.task = build_task(config)
+        self.judge = Judge(self.task)
+        self.progress = Progress(self.task.headline)
+        self.recorder: Recorder | None = None
+        self.directory: RunDirectory | None = None
 
     def run(self) -> int:
         """Run all phases; returns the exit code."""
@@ -146,16 +161,8 @@ class _Experiment:
             if error.exit_code == EXIT_FAILED:
                 self._leave("failed", str(error))
             return error.exit_code
-        except (ConfigError, RecordError) as error:
-            self.coordinator.announce_failure(error)
-            # Where the run directory is ours already: what was wrong came out while preparing the data.
-            self._leave("failed", str(error))
-            raise
-        except RunLocked as error:
-            log.error("%s", error)
-            return EXIT_PREEMPTED
-        except (NonFinite, CheckpointError, CorpusError, OSError) as error:
-            return self._fail(error, str(error))
+        except (RunError, OSError) as error:
+            return self._fail(error, f"{error}{_ADVICE.get(type(error), '')}")
         except Exception as error:
             if self.coordinator.world_size > 1 and is_lost_peer(error):
                 # In a collective outside the loop, such as the comparison of all ranks' parameters.
@@ -174,14 +181,23 @@ class _Experiment:
             return EXIT_FAILED
         finally:
             self.progress.close()
-            self.directory.close()
+            if self.directory is not None:
+                self.directory.close()
 
     def _fail(self, error: BaseException, message: str) -> int:
-        """Leave with what people can mend, without a traceback."""
+        """Leave with what people can mend, without a traceback; a wrong configuration is the command line's to tell."""
+        code: int = getattr(error, "exit_code", EXIT_FAILED)
         self.coordinator.announce_failure(error)
-        log.error("%s", message)
-        self._leave("failed", f"{type(error).__name__}: {message}")
-        return EXIT_FAILED
+        if code == EXIT_FAILED:
+            log.error("%s", message)
+            self._leave("failed", f"{type(error).__name__}: {message}")
+        elif code == EXIT_PREEMPTED:
+            log.error("%s", message)
+        else:
+            # Where the run directory is ours already: what was wrong came out while preparing the data.
+            self._leave("failed", message)
+            raise error
+        return code
 
     def _leave_without(self, error: LostPeer) -> NoReturn:
         """Leave at once: nothing can be agreed any more, so nothing is saved and the record stays ``running``."""
@@ -193,55 +209,60 @@ class _Experiment:
 
     def _run(self) -> int:
         # Before anything is written: a hook or weights that do not fit are the user's to mend.
-        init = self._resolve_init()
-        model = build_model(self.config, self.task, init)
+        start, digest = self._start_weights()
+        model = build_model(self.config, self.task, start)
         hooks = build_hooks(self.config.hooks, model)
-        self.coordinator.main_phase("check of the task", lambda should_stop: self.task.check(self.say, should_stop))
-        self._check_shared()
-        opened = self.coordinator.main_phase("run directory", self._open)
+        self._phase("check of the task", self.task.check)
+        directory = self.directory = RunDirectory(self.config, digest)
+        recorder = self.recorder = Recorder(directory, self.task, self.command, self.work)
+        self._check_shared(directory)
+        opened = self._phase("run directory", lambda work: self._open(directory, recorder, work))
         if opened["status"] == "completed":
             self.say("finished", opened["summary"])
             return EXIT_OK
-        self.run_log.open(self.directory.path, opened["launch"])
-        dataset, preflight = self._data(init)
-        trainer = self._trainer(model, hooks, dataset)
+        self.run_log.open(directory.path, opened["launch"])
+        dataset, preflight = self._data(directory.path.parent / SHARED_CORPORA, recorder, start)
+        trainer = self._trainer(directory, recorder, model, hooks, dataset)
         if self.coordinator.is_main:
-            self.keeper.attach(trainer, preflight, machine(self.accelerator) | arithmetic(self.accelerator))
+            decides = machine(self.accelerator) | arithmetic(self.accelerator)
+            recorder.follow(trainer, preflight=preflight, machine=decides, hooks=hooks.names)
         trainer.fit()
-        self._conclude(trainer)
+        self._conclude(trainer, directory, recorder)
         if self.config.tracking.log_with:
             self.accelerator.end_training()
         if self.coordinator.is_main:
-            self.keeper.finish("completed", None)
-            self.say("completed", self.keeper.summary())
-            self.say("record", str(self.directory.path / "result.json"))
+            recorder.finish("completed", None)
+            self.say("completed", recorder.summary())
+            self.say("record", str(directory.path / RECORD_FILE))
         return EXIT_OK
 
-    def _resolve_init(self) -> Path | None:
-        """One choice of the weights to start from for all ranks; they are part of the run's identity."""
-        if self.config.training.init_from is None:
-            return None
+    def _phase(self, name: str, work: Callable[[WorkContext], T]) -> T:
+        """Have ``work`` done on the main process; every rank gets its result."""
+        return self.coordinator.main_phase(name, lambda should_stop: work(replace(self.work, should_stop=should_stop)))
 
-        def resolve(_: object) -> list[str | None]:
-            path, digest = resolve_init(self.config, fresh=self.earlier.fresh)
+    def _start_weights(self) -> tuple[Path | None, str | None]:
+        """One choice of the weights to start from for all ranks, and their digest: it is part of the run's identity."""
+        if self.config.start.weights is None:
+            return None, None
+
+        def resolve(_work: WorkContext) -> list[str | None]:
+            path, digest = resolve_weights(self.config, fresh=self.earlier.fresh)
             return [str(path) if path else None, digest]
 
-        name, digest = self.coordinator.main_phase("weights to start from", resolve)
-        self.directory = RunDirectory(self.config, digest)
-        self.keeper = RecordKeeper(self.directory, self.command, self.observer)
-        return Path(name) if name else None
+        name, digest = self._phase("weights to start from", resolve)
+        return Path(name) if name else None, digest
 
-    def _check_shared(self) -> None:
+    def _check_shared(self, directory: RunDirectory) -> None:
         """Refuse a run directory that only some ranks see: their checkpoints would be torn apart."""
         if self.coordinator.world_size == 1:
             return
-        name, directory = "look at the run directory", self.directory
-        phase, gather = self.coordinator.main_phase, self.coordinator.gather
-        token = phase(name, lambda _: directory.leave_token())
+        name = "look at the run directory"
+        token = self._phase(name, lambda _: directory.leave_token())
         place = f"{socket.gethostname()}:{directory.path.absolute()}"
-        found = gather(name, [directory.sees_token(token, self.config.training.timeout_seconds / 2), place])
+        seen = directory.sees_token(token, self.config.training.timeout_seconds / 2)
+        found = self.coordinator.gather(name, [seen, place])
         refused = not all(sees for sees, _ in found)
-        phase(name, lambda _: directory.remove_token(token, refused=refused))
+        self._phase(name, lambda _: directory.remove_token(token, refused=refused))
         for rank, (sees, theirs) in enumerate(found):
             if not sees:
                 raise ConfigError(
@@ -251,117 +272,87 @@ class _Experiment:
                     f"in {theirs}; name a directory that every machine sees, such as one on a network file system",
                 )
 
-    def _open(self, should_stop: Callable[[], bool]) -> dict[str, Any]:
+    def _open(self, directory: RunDirectory, recorder: Recorder, work: WorkContext) -> dict[str, Any]:
         """On the main process: the lock, then the first file."""
-        record = self.directory.open(fresh=self.earlier.fresh, should_stop=should_stop, say=self.say)
-        self.say("run", str(self.directory.path))
-        self.keeper.start(record)
-        return {"status": self.keeper.found_status, "launch": self.keeper.launch, "summary": self.keeper.summary()}
+        found = directory.open(work, fresh=self.earlier.fresh)
+        self.say("run", str(directory.path))
+        recorder.start(found)
+        record = recorder.record
+        return {"status": record.status, "launch": record.provenance.launches, "summary": recorder.summary()}
 
-    def _data(self, init: Path | None) -> tuple[Any, dict[str, Any]]:
+    def _data(self, shared: Path, recorder: Recorder, start: Path | None) -> tuple[Any, dict[str, Any]]:
         """The training dataset on every rank; the preflight's findings."""
-        shared = self.directory.path.parent / SHARED_CORPORA
-        phase = self.coordinator.main_phase
-        with self.keeper.clock.timed("corpus"):
-            artifacts = phase("corpus", lambda should_stop: self.task.build(shared, self.say, should_stop))
+        with recorder.clock.timed("corpus"):
+            artifacts = self._phase("corpus", lambda work: self.task.build(shared, work))
             dataset = self.task.open(artifacts)
-            if init is not None:
-                phase("weights to start from", lambda _: require_same_files(init, self.task))
-        with self.keeper.clock.timed("preflight"):
-            preflight = phase("preflight", lambda _: self.task.preflight(self.say))
+            if start is not None:
+                self._phase("weights to start from", lambda _: require_same_files(start, self.task))
+        with recorder.clock.timed("preflight"):
+            preflight = self._phase("preflight", self.task.preflight)
         return dataset, preflight
 
-    def _trainer(self, model: TransformerLM, hooks: Hooks, dataset: Any) -> Trainer:
+    def _trainer(
+        self, directory: RunDirectory, recorder: Recorder, model: TransformerLM, hooks: Hooks, dataset: Any
+    ) -> Trainer:
         config = self.config
         callbacks: list[Callback] = []
         if config.tracking.log_with:
-            self.accelerator.project_configuration.logging_dir = str(self.directory.path / "tracking")
-            self.accelerator.init_trackers(config.tracking.project, dict(_flat(to_dict(config))))
-            callbacks.append(_Trackers(self.accelerator))
+            self.accelerator.project_configuration.logging_dir = str(directory.path / "tracking")
+            callbacks.append(Trackers(self.accelerator, config.tracking.project, to_dict(config)))
         if self.coordinator.is_main:
-            callbacks += [self.progress, self.keeper]
-        self.keeper.hooks = list(hooks.names)
-        count = sum(p.numel() for p in model.parameters())
+            callbacks += [self.progress, recorder]
         world = self.coordinator.world_size
         processes = "1 process" if world == 1 else f"{world} processes"
-        self.say("model", f"{count:,} parameters on {machine(self.accelerator)['device']}, {processes}")
+        device = machine(self.accelerator)["device"]
+        self.say("model", f"{count_parameters(model):,} parameters on {device}, {processes}")
         return Trainer(
             model,
             dataset,
             config.training,
+            run_dir=directory.path,
             loss_fn=fused_cross_entropy,
             evaluate=self._evaluate,
             validation=self.task.validation(),
             callbacks=callbacks,
-            run_dir=self.directory.path,
-            checkpoint=config.checkpoint,
-            seed=config.seed,
             hooks=hooks,
-            config_hash=self.directory.config_hash,
-            extra_files={CONFIG_FILE: dump_config(config).encode(), **self.task.files()},
-            data_digests=self.task.digests(),
+            seed=config.seed,
+            checkpoint=config.checkpoint,
             accelerator=self.accelerator,
-            coordinator=self.coordinator,
-            logs=[self.directory.path / METRICS_FILE],
-            restart=self.earlier.on_damage == "restart",
-            observer=self.observer,
+            services=Services(
+                coordinator=self.coordinator,
+                config_hash=directory.config_hash,
+                extra_files={CONFIG_FILE: dump_config(config).encode(), **self.task.files()},
+                data_digests=self.task.digests(),
+                logs=[directory.path / METRICS_FILE],
+                restart=self.earlier.on_damage == "restart",
+                reached=self.work.reached,
+            ),
         )
 
     def _evaluate(self, model: torch.nn.Module, state: LoopState, should_stop: Callable[[], bool]) -> dict[str, Any]:
-        evaluation = self.task.evaluate(model, state.losses, should_stop)
-        passed = evaluation.verdict is not None and evaluation.verdict.passed
-        return {**evaluation.to_dict(), "stop": passed and self.config.stop_on_pass}
+        return self.judge.evaluate(model, state.losses, replace(self.work, should_stop=should_stop))
 
-    def _conclude(self, trainer: Trainer) -> None:
+    def _conclude(self, trainer: Trainer, directory: RunDirectory, recorder: Recorder) -> None:
         """The task's last judgement of the finished model; its verdict is the record's."""
-        state, per_epoch = trainer.state, trainer.plan.steps_per_epoch
-        epochs = [
-            state.train_loss[start : start + per_epoch] for start in range(0, state.step - per_epoch + 1, per_epoch)
-        ]
-        trained = Trained(
-            model=trainer.unwrapped_model,
-            checkpoint=self.directory.path / "checkpoints" / step_directory(state.step),
-            evaluation=state.evaluations[-1] if state.evaluations else {},
-            epoch_losses=[sum(losses) / len(losses) for losses in epochs],
-        )
+        state = trainer.state
+        checkpoint = directory.path / "checkpoints" / step_directory(state.step)
+        last = state.evaluations[-1] if state.evaluations else {}
+        means = epoch_means(state.train_loss, trainer.plan.steps_per_epoch)
 
-        def conclude(should_stop: Callable[[], bool]) -> None:
-            self.observer.reached(CONCLUSION_BEGUN)
-            evaluation = self.task.conclude(trained, should_stop)
+        def conclude(work: WorkContext) -> None:
+            work.reached(CONCLUSION_BEGUN)
+            evaluation = self.judge.conclude(trainer.unwrapped_model, checkpoint, last, means, work)
             if evaluation is not None:
-                self.keeper.conclude(evaluation.to_dict())
+                recorder.conclude(evaluation)
 
-        with self.keeper.clock.timed("validation"):
-            self.coordinator.main_phase("validation of the finished model", conclude)
+        with recorder.clock.timed("validation"):
+            self._phase("validation of the finished model", conclude)
 
     def _leave(self, status: str, reason: str) -> None:
         """Write the last record of a launch that did not complete; must not hide why it did not."""
         self.progress.close()
-        if self.coordinator.is_main:
+        if self.coordinator.is_main and self.recorder is not None:
             try:
-                self.keeper.finish(status, reason)
+                self.recorder.finish(status, reason)
             except OSError as error:
                 log.error("the record could not be brought up to date: %s", error)
-
-
-class _Trackers(Callback):
-    """Sends every log line to Accelerate's trackers."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
-
-    def on_log(self, state: LoopState, line: dict[str, Any]) -> None:
-        self._accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
-
-    def on_evaluate(self, state: LoopState, evaluation: dict[str, Any]) -> None:
-        figures = {k: v for k, v in evaluation.get("metrics", {}).items() if v is not None}
-        self._accelerator.log(figures, step=evaluation["step"])
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int | float | str]]:
-    """Dotted names and plain values, as trackers want their hyperparameters."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value if isinstance(value, int | float | str) else str(value)

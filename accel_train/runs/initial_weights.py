@@ -11,10 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model as load_weights
 
 from accel_train.checkpoints.manifest import list_checkpoints, read_manifest, verify
-from accel_train.config.sections import ExperimentConfig, run_directory
+from accel_train.config.sections import ExperimentConfig
 from accel_train.errors import CheckpointError, ConfigError
 from accel_train.files.atomic import sha256_file
 from accel_train.model.transformer import TransformerLM
+from accel_train.runs.directory import run_directory
 from accel_train.runs.record import RECORD_FILE, read_record
 from accel_train.tasks.base import Task
 
@@ -38,7 +39,7 @@ def build_model(config: ExperimentConfig, task: Task, init: Path | None) -> Tran
         except (RuntimeError, ValueError) as error:
             reason = textwrap.shorten(str(error), 300, placeholder=" ...")  # torch names every parameter
             raise ConfigError(
-                "training.init_from", str(init), f"does not fit this model; make the model sections agree ({reason})"
+                "start.weights", str(init), f"does not fit this model; make the model sections agree ({reason})"
             ) from error
     return model
 
@@ -54,11 +55,11 @@ def require_same_files(init: Path, task: Task) -> None:
         theirs, ours = sha256_file(path) if path.exists() else None, hashlib.sha256(content).hexdigest()
         if theirs not in {None, ours}:
             rule = f"was trained with the {name} of SHA-256 {theirs}, here is the one of SHA-256 {ours}; use its own"
-            raise ConfigError("training.init_from", str(init), rule)
+            raise ConfigError("start.weights", str(init), rule)
 
 
-def resolve_init(config: ExperimentConfig, *, fresh: bool = False) -> tuple[Path | None, str]:
-    """The checkpoint that ``training.init_from`` names, and the digest of its weights.
+def resolve_weights(config: ExperimentConfig, *, fresh: bool = False) -> tuple[Path | None, str]:
+    """The checkpoint that ``start.weights`` names, and the digest of its weights.
 
     A named run that has checkpoints of its own keeps the digest that it started from, and needs
     the source no more: then the path is None.
@@ -66,21 +67,21 @@ def resolve_init(config: ExperimentConfig, *, fresh: bool = False) -> tuple[Path
     Raises:
         ConfigError: it is neither a sound checkpoint nor a completed run.
     """
-    source = str(config.training.init_from)
+    source = str(config.start.weights)
     own = run_directory(config)
     if config.name and not fresh and list_checkpoints(own / "checkpoints") and (own / RECORD_FILE).exists():
         earlier = read_record(own)
-        if earlier["config"]["training"]["init_from"] == source:
-            return None, str(earlier["provenance"]["init_digest"])
+        if earlier.config["start"]["weights"] == source:
+            return None, str(earlier.provenance.init_digest)
     path = Path(source)
     found = list_checkpoints(path / "checkpoints")
-    if found and read_record(path)["status"] != "completed":
+    if found and read_record(path).status != "completed":
         # Its newest checkpoint changes, and the identity of this run would change with it.
         rule = f"is a run that is not completed; let it end, or name one of its checkpoints, such as {found[-1][1]}"
-        raise ConfigError("training.init_from", source, rule)
+        raise ConfigError("start.weights", source, rule)
     if not found and not path.is_dir():
         rule = "is not a directory; name a completed run or a checkpoint"
-        raise ConfigError("training.init_from", source, rule)
+        raise ConfigError("start.weights", source, rule)
     checkpoint = found[-1][1] if found else path
     problems = verify(checkpoint)
     files = {} if problems else read_manifest(checkpoint)["files"]
@@ -88,5 +89,5 @@ def resolve_init(config: ExperimentConfig, *, fresh: bool = False) -> tuple[Path
         problems = [f"{WEIGHTS} is missing"]
     if problems:
         rule = f"holds no sound checkpoint ({'; '.join(problems)}); name another"
-        raise ConfigError("training.init_from", source, rule)
+        raise ConfigError("start.weights", source, rule)
     return checkpoint, str(files[WEIGHTS]["sha256"])

@@ -1,14 +1,12 @@
 """The lock of a run directory: one live process at a time, across hosts, and no wait for the dead.
 
-Two layers. An flock, which the kernel frees when its last holder dies; and an owner file with
-a heartbeat counter, which says who that is, and holds where flock does not reach other hosts.
-A counter is judged by whether it moves on the waiter's own monotonic clock: wall clocks of
-different hosts are never compared. The price is ``stale_after`` seconds of waiting before a
-dead process of another host gives way.
+It has two layers. The kernel frees an flock when its last holder dies. An owner file names the holder, and holds
+where flock does not reach other hosts; its heartbeat counter is judged by whether it moves on the waiter's own
+monotonic clock, since wall clocks of different hosts differ. The price is ``stale_after`` seconds of waiting before
+a dead process of another host gives way.
 
-A process forked by the holder may keep the flock until it exits (data-loading workers outlive
-a killed parent by seconds), so a lock of the dead is waited for like one of the living. A
-process started by exec never inherits it.
+A process forked by the holder may keep the flock until it exits (data-loading workers outlive a killed parent by
+seconds), so a lock of the dead is waited for like one of the living. A process started by exec never inherits it.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -25,26 +24,25 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 
 import psutil
 from filelock import FileLock, Timeout
 
 from accel_train.errors import RunLocked
-from accel_train.process.work import never, wait_for
+from accel_train.process.work import SILENT, WorkContext, wait_for
 
 LOCK_FILE = ".lock"
 OWNER_FILE = ".lock-owner.json"
 HEARTBEAT_SECONDS = 2.0
 _POLL_SECONDS = 0.1
-_REPORT_SECONDS = 5.0
+_MAX_OWNER_BYTES = 4096
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a run directory."""
+    """The process that holds a run directory."""
 
     host: str
     pid: int
@@ -66,11 +64,14 @@ class Owner:
         return f"process {self.pid} on host {self.host}{job} (since {self.started_at})"
 
     @property
+    def is_local(self) -> bool:
+        """Whether the process belongs to this host, and can be looked up."""
+        return self.host == socket.gethostname()
+
+    @property
     def is_gone(self) -> bool:
         """Whether the process is known to be dead; False for one of another host."""
-        if self.host != socket.gethostname():
-            return False
-        return self.boot_id != _boot_id() or self.process_start != _process_start(self.pid)
+        return self.is_local and (self.boot_id != _boot_id() or self.process_start != _process_start(self.pid))
 
 
 class RunLock:
@@ -79,10 +80,8 @@ class RunLock:
     Args:
         run_dir: the directory.
         timeout: seconds to wait for another holder; 0: one attempt.
-        stale_after: seconds without a heartbeat after which another host's hold has ended.
-        on_wait: called with a line for people at once and then every few seconds while waiting;
-            what it raises ends the wait.
-        should_stop: polled while waiting.
+        work: hears at once, and then every few seconds, who is waited for; polled while waiting.
+        stale_after: seconds without a heartbeat after which the hold of another host has ended.
         on_lost: called from the heartbeat's thread, with a line for people, when another process
             has taken the lock over.
     """
@@ -91,14 +90,13 @@ class RunLock:
         self,
         run_dir: Path,
         timeout: float = 60.0,
+        work: WorkContext = SILENT,
+        *,
         stale_after: float = 30.0,
-        on_wait: Callable[[str], None] | None = None,
-        should_stop: Callable[[], bool] = never,
         on_lost: Callable[[str], None] | None = None,
     ) -> None:
-        self.run_dir = run_dir
-        self._timeout, self._on_wait, self._should_stop = timeout, on_wait, should_stop
-        self._on_lost = on_lost
+        self._run_dir, self._owner_path = run_dir, run_dir / OWNER_FILE
+        self._timeout, self._work, self._on_lost = timeout, work, on_lost
         self._flock = FileLock(run_dir / LOCK_FILE, thread_local=False)
         self._watch = _HeartbeatWatch(stale_after)
         self._held: Owner | None = None
@@ -110,17 +108,17 @@ class RunLock:
 
         Raises:
             RunLocked: another process held it all the time.
-            Interrupted: ``should_stop()`` turned true while waiting.
+            Interrupted: the work was told to stop while waiting.
         """
         held = wait_for(
             self._attempt,
             self._timeout,
-            lambda: f"waiting for {_describe(self.owner())}",
-            on_wait=self._on_wait,
-            should_stop=self._should_stop,
+            lambda: f"waiting for {_describe(read_owner(self._run_dir))}",
+            on_wait=self._work.saying("lock"),
+            should_stop=self._work.should_stop,
         )
         if not held:
-            raise RunLocked(self.run_dir, _describe(self.owner()), self._timeout)
+            raise RunLocked(self._run_dir, _describe(read_owner(self._run_dir)), self._timeout)
         self._stop.clear()
         self._thread = threading.Thread(target=self._beat, name="run-lock-heartbeat", daemon=True)
         self._thread.start()
@@ -133,27 +131,17 @@ class RunLock:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        found = self.owner()
+        found = read_owner(self._run_dir)
         if found is not None and found.token == held.token:
             self._owner_path.unlink(missing_ok=True)
         self._flock.release()
-
-    def owner(self) -> Owner | None:
-        """The holder that the owner file names, if any."""
-        return read_owner(self.run_dir)
 
     def __enter__(self) -> RunLock:
         self.acquire()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
-
-    @property
-    def _owner_path(self) -> Path:
-        return self.run_dir / OWNER_FILE
 
     def _attempt(self) -> bool:
         try:
@@ -161,43 +149,26 @@ class RunLock:
         except Timeout:
             return False
         try:
-            if self._claim():
-                return True
-        except BaseException:
-            self._flock.release()
-            raise
-        self._flock.release()
-        return False
+            self._held = self._claim() if self._is_vacant() else None
+        finally:
+            if self._held is None:
+                self._flock.release()
+        return self._held is not None
 
-    def _claim(self) -> bool:
-        """With the flock in hand: put our owner file in the place of none or a dead one's."""
+    def _is_vacant(self) -> bool:
+        """With the flock in hand: remove the owner file if it is damaged or of the dead; whether none is left."""
         try:
-            found = _parse_owner(self._owner_path.read_bytes())
-            if not found.is_gone and not self._watch.stands_still(found):
-                return False
-            log.info("taking over from %s", found)
-            if not self._remove(found):
-                return False
+            found = _read(self._owner_path)
         except FileNotFoundError:
-            pass
+            return True
         except ValueError:
             log.warning("%s is damaged, as a crash of the machine leaves it, and is replaced", self._owner_path)
             self._owner_path.unlink(missing_ok=True)
-        ours = _this_process()
-        temporary = _write_aside(self._owner_path, ours)
-        try:
-            # Two hosts may both hold "the" flock; creating a link fails for the second of them.
-            os.link(temporary, self._owner_path)
-        except (FileExistsError, FileNotFoundError):
+            return True
+        if not (found.is_gone if found.is_local else self._watch.stands_still(found)):
             return False
-        except OSError:
-            temporary.replace(self._owner_path)  # a file system without hard links
-        finally:
-            temporary.unlink(missing_ok=True)
-        for leaving in self.run_dir.glob(f"{OWNER_FILE}.*"):  # of holders killed while they wrote
-            leaving.unlink(missing_ok=True)
-        self._held = ours
-        return True
+        log.info("taking over from %s", found)
+        return self._remove(found)
 
     def _remove(self, dead: Owner) -> bool:
         """Remove the owner file of ``dead``, and no other's: another host may just have taken over.
@@ -209,21 +180,38 @@ class RunLock:
             self._owner_path.rename(aside)
         except FileNotFoundError:
             return True
-        removed = read_owner_file(aside)
-        ours_to_remove = removed is None or removed.token == dead.token
-        if not ours_to_remove:
+        removed = _read_if_any(aside)
+        is_of_the_dead = removed is None or removed.token == dead.token
+        if not is_of_the_dead:
             with suppress(FileExistsError):
                 os.link(aside, self._owner_path)
         aside.unlink(missing_ok=True)
-        return ours_to_remove
+        return is_of_the_dead
+
+    def _claim(self) -> Owner | None:
+        """Write our owner file, unless another host is faster."""
+        ours = _this_process()
+        temporary = _write_aside(self._owner_path, ours)
+        try:
+            # Two hosts may both hold "the" flock; creating a link fails for the second of them.
+            os.link(temporary, self._owner_path)
+        except (FileExistsError, FileNotFoundError):
+            return None
+        except OSError:
+            temporary.replace(self._owner_path)  # a file system without hard links
+        finally:
+            temporary.unlink(missing_ok=True)
+        for torn in self._run_dir.glob(f"{OWNER_FILE}.*"):  # of holders killed while they wrote
+            torn.unlink(missing_ok=True)
+        return ours
 
     def _beat(self) -> None:
         ours = self._held
         while ours is not None and not self._stop.wait(HEARTBEAT_SECONDS):
             try:
-                found = self.owner()
+                found = read_owner(self._run_dir)
                 if found is not None and found.token != ours.token:
-                    message = f"{self.run_dir} was taken over by {found}, which saw no heartbeat of this process"
+                    message = f"{self._run_dir} was taken over by {found}, which saw no heartbeat of this process"
                     log.error("%s", message)
                     if self._on_lost is not None:
                         self._on_lost(message)
@@ -235,72 +223,67 @@ class RunLock:
 
 
 class _HeartbeatWatch:
-    """Says when a counter has stood still for ``seconds`` on this process's monotonic clock."""
+    """Tells when a counter has stood still for ``seconds`` on this process's monotonic clock."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._seen: tuple[str, int] | None = None
+        self._seen: Owner | None = None
         self._since = 0.0
 
     def stands_still(self, owner: Owner) -> bool:
-        seen = (owner.token, owner.heartbeat)
-        if seen != self._seen:
-            self._seen, self._since = seen, time.monotonic()
+        if owner != self._seen:
+            self._seen, self._since = owner, time.monotonic()
         return time.monotonic() - self._since >= self._seconds
 
 
 def live_runs(run_dirs: Iterable[Path]) -> set[Path]:
-    """Those of ``run_dirs`` that a live process holds.
+    """Return those of ``run_dirs`` that a live process holds.
 
-    Only owner files are read, so nobody who acquires a lock is disturbed. Processes of this host
-    are looked up; owners on other hosts are watched, all together, for two heartbeats at most.
+    Only owner files are read, so nobody who acquires a lock is disturbed. Processes of this host are looked up;
+    owners on other hosts are watched, all together, for two heartbeats at most.
     """
-    live: set[Path] = set()
-    watched: dict[Path, Owner] = {}
-    for run_dir in run_dirs:
-        owner = read_owner(run_dir)
-        if owner is None or owner.is_gone:
-            continue
-        if owner.host == socket.gethostname():
-            live.add(run_dir)
-        else:
-            watched[run_dir] = owner
+    owners = {run_dir: owner for run_dir in run_dirs if (owner := read_owner(run_dir)) and not owner.is_gone}
+    live = {run_dir for run_dir, owner in owners.items() if owner.is_local}
     deadline = time.monotonic() + 2.5 * HEARTBEAT_SECONDS
-    while watched and time.monotonic() < deadline:
+    while owners.keys() - live and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
-        moved = {run_dir for run_dir, owner in watched.items() if read_owner(run_dir) not in {None, owner}}
-        live |= moved
-        watched = {run_dir: owner for run_dir, owner in watched.items() if run_dir not in moved}
+        live |= {run_dir for run_dir in owners.keys() - live if read_owner(run_dir) not in {None, owners[run_dir]}}
     return live
 
 
 def read_owner(run_dir: Path) -> Owner | None:
-    """The holder that the owner file of ``run_dir`` names; None without one, or when it is unreadable."""
-    return read_owner_file(run_dir / OWNER_FILE)
+    """Return the holder that the owner file of ``run_dir`` names; None when that is missing or unreadable."""
+    return _read_if_any(run_dir / OWNER_FILE)
 
 
-def read_owner_file(path: Path) -> Owner | None:
-    """The holder that an owner file names; None when it is missing or unreadable."""
+def _read_if_any(path: Path) -> Owner | None:
     try:
-        return _parse_owner(path.read_bytes())
+        return _read(path)
     except (OSError, ValueError):
         return None
 
 
-def _parse_owner(content: bytes) -> Owner:
-    """Raises ValueError when ``content`` does not describe an owner."""
+def _read(path: Path) -> Owner:
+    """Raises ValueError when the file does not describe an owner; whatever lies there, it does not hang."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        content = file.read(_MAX_OWNER_BYTES)
     try:
         return Owner(**json.loads(content))
-    except TypeError as error:
+    except (TypeError, RecursionError) as error:
         raise ValueError(str(error)) from error
+
+
+def _write_aside(path: Path, owner: Owner) -> Path:
+    """Write ``owner`` to a temporary file beside ``path``; no fsync, since it need not survive the machine."""
+    temporary = path.with_name(f"{path.name}.{owner.token}")
+    temporary.write_text(json.dumps(asdict(owner)), encoding="utf-8")
+    return temporary
 
 
 def _describe(owner: Owner | None) -> str:
     if owner is None:
         return "a process that did not leave its name"
-    if owner.is_gone:
-        return f"children of {owner}, which itself is gone"
-    return str(owner)
+    return f"children of {owner}, which itself is gone" if owner.is_gone else str(owner)
 
 
 def _this_process() -> Owner:
@@ -315,30 +298,21 @@ def _this_process() -> Owner:
     )
 
 
-def _write_aside(path: Path, owner: Owner) -> Path:
-    """Write ``owner`` to a temporary file beside ``path``; no fsync, since it need not survive the machine."""
-    temporary = path.with_name(f"{path.name}.{owner.token}")
-    temporary.write_text(json.dumps(asdict(owner)), encoding="utf-8")
-    return temporary
-
-
 def _boot_id() -> str:
+    """The kernel's name for the time since the host started; empty off Linux, where start times need none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
-        return str(int(psutil.boot_time()))
+        return ""
 
 
 def _process_start(pid: int) -> str | None:
     """When the process started, in the kernel's own unit; None if there is no such process or it is a zombie."""
     try:
+        if not sys.platform.startswith("linux"):
+            return str(psutil.Process(pid).create_time())
         # The clock ticks since boot: psutil's create_time moves when the wall clock is set.
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         return None if fields[0] in {"Z", "X"} else fields[19]
-    except OSError:
-        if Path("/proc/self/stat").exists():
-            return None
-    try:
-        return str(psutil.Process(pid).create_time())
-    except psutil.Error:
+    except (OSError, psutil.Error):
         return None

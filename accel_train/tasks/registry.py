@@ -1,14 +1,73 @@
-"""Which task a configuration names."""
+"""Which task a configuration names: a built-in one, or a class of the user's by import path."""
 
 from __future__ import annotations
 
-from accel_train.config.sections import ExperimentConfig
-from accel_train.process.fault_points import SILENT, Observer
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+from accel_train.config.imports import import_by_path
+from accel_train.config.sections import ExperimentConfig, experiment_class
+from accel_train.errors import ConfigError
 from accel_train.tasks.base import Task
-from accel_train.tasks.text.task import TextTask
-from accel_train.tasks.walks.task import WalksTask
 
 
-def build_task(config: ExperimentConfig, observer: Observer = SILENT) -> Task:
-    """The task of ``config``."""
-    return TextTask(config, observer) if config.task == "text" else WalksTask(config, observer)
+@dataclass(frozen=True)
+class _BuiltIn:
+    """Import paths, so that a configuration is read without the libraries that its task needs."""
+
+    section: str
+    task: str
+
+
+BUILT_IN = {
+    "walks": _BuiltIn("accel_train.tasks.walks.config:WalksConfig", "accel_train.tasks.walks.task:WalksTask"),
+    "text": _BuiltIn("accel_train.tasks.text.config:TextConfig", "accel_train.tasks.text.task:TextTask"),
+}
+
+
+def config_class(task: str) -> type[ExperimentConfig]:
+    """Return the configuration class of a task: the common sections and its own.
+
+    Args:
+        task: a name in :data:`BUILT_IN`, or ``package.module:Class``.
+
+    Raises:
+        ConfigError: there is no such task.
+    """
+    if task in BUILT_IN:
+        return experiment_class(task, import_by_path("task", BUILT_IN[task].section))
+    found = task_class(task)
+    return experiment_class(found.name, found.Config)
+
+
+def experiment_config(**values: Any) -> ExperimentConfig:
+    """Return a configuration of the task that ``values`` name, from sections as objects."""
+    return config_class(values.get("task", ExperimentConfig.task))(**values)
+
+
+def build_task(config: ExperimentConfig) -> Task:
+    """Return the task of ``config``."""
+    return task_class(config.task)(config)
+
+
+def task_class(task: str) -> type[Task]:
+    """Return the class of a task.
+
+    Args:
+        task: a name in :data:`BUILT_IN`, or ``package.module:Class``.
+
+    Raises:
+        ConfigError: there is no such task, or it is not one.
+    """
+    if ":" not in task and task not in BUILT_IN:
+        near = difflib.get_close_matches(task, BUILT_IN, n=1)
+        cure = f"did you mean {near[0]}?" if near else f"it is {', '.join(BUILT_IN)}, or package.module:Class"
+        raise ConfigError("task", task, f"is not a task; {cure}")
+    found = import_by_path("task", BUILT_IN[task].task if task in BUILT_IN else task)
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise ConfigError("task", task, f"is no {Task.__module__}.{Task.__name__}; derive the class from that")
+    for attribute in ("name", "Config"):
+        if not hasattr(found, attribute):
+            raise ConfigError("task", task, f"has no {attribute}; see {Task.__module__}.{Task.__name__}")
+    return found

@@ -1,7 +1,7 @@
-"""Callbacks and the view of the loop that they get.
+"""Callbacks, and the state of the loop that they see.
 
-The view's tensor fields are read lazily: a callback that looks at ``loss`` or ``grad_norm`` on
-a GPU waits for the device at that moment, one that does not look costs nothing.
+``loss`` and ``grad_norm`` stay on the device until they are read: a callback that reads one waits for a GPU, one that
+does not costs nothing.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 
 @dataclass
 class LoopState:
-    """Where the loop stands; the same object throughout a run, its fields move on."""
+    """State of the loop: one object per run, whose fields the loop updates."""
 
     step: int = 0
     """Steps done."""
+    skipped_steps: int = 0
+    """Steps among them that loss scaling left out because a gradient overflowed (fp16 only)."""
     epoch: int = 0
     """Epochs completed before the one in progress."""
-    skipped_steps: int = 0
-    """Those among them that loss scaling left out because a gradient overflowed (fp16 only)."""
     total_steps: int = 0
     """Steps of the whole run."""
     steps_per_epoch: int = 0
@@ -31,9 +31,13 @@ class LoopState:
     schedule: Callable[[int], float] = field(default=lambda _step: 0.0, repr=False)
     """Learning rate of update number ``step``, counted from 0."""
     losses: dict[str, float] = field(default_factory=dict)
-    """Mean loss of every validation dataset, by its name, in the evaluation at hand."""
+    """Mean loss of every validation dataset, by its name, in the last evaluation."""
     _loss: torch.Tensor | None = field(default=None, repr=False)
     _grad_norm: torch.Tensor | None = field(default=None, repr=False)
+
+    def observe(self, loss: torch.Tensor, grad_norm: torch.Tensor | None) -> None:
+        """Set the loss and the gradient norm of a step, scalars on the device, without reading them."""
+        self._loss, self._grad_norm = loss, grad_norm
 
     @property
     def lr(self) -> float:
@@ -64,21 +68,29 @@ class Callback:
         """After every step."""
 
     def on_log(self, state: LoopState, line: dict[str, Any]) -> None:
-        """At every log interval: step, epoch, loss, lr, grad_norm, tokens_per_second, seconds."""
+        """At every log interval.
+
+        ``line`` holds step, epoch, loss (mean of the last ``log_interval`` steps), lr, grad_norm, tokens_seen,
+        tokens_per_second and the scalars of the forward hooks.
+        """
 
     def on_evaluate(self, state: LoopState, evaluation: dict[str, Any]) -> None:
-        """After every evaluation; ``evaluation`` holds step, epoch and what the evaluator returned."""
+        """After every evaluation, before its checkpoint.
+
+        ``evaluation`` holds step, epoch (counted from 1) and what the evaluator returned; ``<name>_loss`` of every
+        validation dataset stands among its ``metrics``.
+        """
 
     def on_epoch_end(self, state: LoopState) -> None:
-        """After an epoch, its evaluation and its checkpoint."""
+        """After an epoch and after the last step, once its evaluation is done and its checkpoint is saved."""
 
     def on_checkpoint(self, state: LoopState, path: Path) -> None:
-        """After checkpoint ``path`` has been committed: at the next save, or when training ends."""
+        """After checkpoint ``path`` is committed: at the next save, or when training ends or is preempted."""
 
     def on_train_end(self, state: LoopState) -> None:
         """After the last step of a run that ended by itself (not when preempted)."""
 
 
 def overriding(callbacks: Iterable[Callback], name: str) -> list[Any]:
-    """The bound methods ``name`` of those callbacks that override it, so that nothing else is called."""
+    """Return the bound methods ``name`` of the callbacks that override it."""
     return [getattr(c, name) for c in callbacks if getattr(type(c), name) is not getattr(Callback, name)]

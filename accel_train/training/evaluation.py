@@ -1,33 +1,46 @@
-"""The mean loss of a held-out dataset, measured by all ranks together."""
+"""An evaluation: the losses on held-out datasets, by all ranks together; then the evaluator, on the main process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import nn
 
+from accel_train.checkpoints.random_states import preserved_random_state
 from accel_train.data.loader import DatasetWithIds
-from accel_train.ranks.accelerator import preserved_random_state
+from accel_train.process.fault_points import EVALUATION_BEGUN
+from accel_train.process.work import StopCheck
+from accel_train.ranks.coordinator import Coordinator
+from accel_train.training.callbacks import LoopState
 from accel_train.training.losses import count_targets
+from accel_train.training.plan import Plan
+
+Evaluator = Callable[[nn.Module, LoopState, StopCheck], dict[str, Any]]
+"""``evaluator(model, loop_state, should_stop)``: called on the main process with the unwrapped
+model; returns JSON values. ``"passed": True`` marks the checkpoint to keep, ``"stop": True`` ends
+training, ``"samples"`` are handed to the callbacks and not kept in the state. The training's random
+states are put back after it."""
+Losses = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which batches are this rank's, and how it speaks with the others."""
+    """Which batches of a dataset a rank takes, and how it talks to the others; by default there are none."""
 
-    rank: int
-    world_size: int
     batch_size: int
     """Samples of a batch; the same for any number of ranks."""
-    after_round: Callable[[], None]
-    """Called by every rank after every round of batches; leaves by an exception, if at all, on all ranks."""
-    gather: Callable[[Any], Sequence[Any]]
-    """Every rank's value, in rank order."""
+    rank: int = 0
+    world_size: int = 1
+    after_round: Callable[[], None] = lambda: None
+    """Called by every rank after every round of batches; leaves by an exception on all ranks or on none."""
+    gather: Callable[[Any], Sequence[Any]] = lambda value: [value]
+    """Returns every rank's value, in rank order."""
 
 
 def mean_loss(
@@ -37,15 +50,15 @@ def mean_loss(
     device: torch.device,
     share: Share,
 ) -> float:
-    """Mean loss per target over all of ``dataset``, in evaluation mode, each target counted once.
+    """Return the mean loss per target over all of ``dataset``, in evaluation mode, each target counted once.
 
-    Batches are dealt to the ranks in turn. A rank without a batch in the last round computes the first one
-    and does not count it, so that no rank waits in a collective of the model by itself.
+    Batches go to the ranks in turn. A rank without a batch in the last round computes the first one
+    and does not count it, so that no rank waits alone in a collective of the model.
 
     Args:
         model: wrapped or not; left in training mode.
         dataset: a last batch may be smaller.
-        loss_fn: mean over the targets of a batch.
+        loss_fn: ``loss_fn(model, batch)`` returns the mean over the batch's targets.
         device: where the batches go.
         share: this rank's part.
 
@@ -72,3 +85,82 @@ def mean_loss(
         model.train()
     sums = share.gather([float(total), targets])
     return float(sum(part for part, _ in sums) / max(sum(count for _, count in sums), 1))
+
+
+class Evaluation:
+    """Evaluates the model of a trainer.
+
+    Args:
+        evaluate: see :data:`Evaluator`; None: losses only.
+        validation: held-out datasets by name.
+        loss_fn: ``loss_fn(model, batch)`` returns the mean over the batch's targets.
+        plan: gives rank, number of ranks and batch size.
+        accelerator: gives the device.
+        coordinator: agreement between the ranks.
+        reached: called with every fault point.
+    """
+
+    def __init__(
+        self,
+        evaluate: Evaluator | None,
+        validation: Mapping[str, Any],
+        *,
+        loss_fn: Callable[[nn.Module, Any], torch.Tensor],
+        plan: Plan,
+        accelerator: Accelerator,
+        coordinator: Coordinator,
+        reached: Callable[[str], None],
+    ) -> None:
+        self._evaluate, self._loss_fn, self._plan = evaluate, loss_fn, plan
+        self._validation = {name: DatasetWithIds(dataset) for name, dataset in validation.items()}
+        self._device, self._coordinator, self._reached = accelerator.device, coordinator, reached
+
+    def __bool__(self) -> bool:
+        return self._evaluate is not None or bool(self._validation)
+
+    def losses(self, model: nn.Module, leave_if_asked: Callable[[], None], leave: Callable[[], object]) -> Losses:
+        """Return the mean loss on every validation dataset, on every rank.
+
+        Args:
+            model: wrapped.
+            leave_if_asked: called after every round of batches; leaves by an exception on all ranks or on none.
+            leave: leaves on all ranks, when they agreed on it after the last round.
+        """
+
+        def gather(sums: Any) -> list[Any]:
+            if self._coordinator.drain():
+                leave()
+            return self._coordinator.gather("validation loss", sums)
+
+        plan = self._plan
+        share = Share(plan.micro_batch, plan.rank, plan.world_size, leave_if_asked, gather)
+        return {
+            name: mean_loss(model, dataset, self._loss_fn, self._device, share)
+            for name, dataset in self._validation.items()
+        }
+
+    def verdict(self, model: nn.Module, state: LoopState) -> dict[str, Any]:
+        """Return what the evaluator returns, on every rank; empty without one.
+
+        Args:
+            model: unwrapped.
+            state: holds the losses.
+
+        Raises:
+            Interrupted: a rank was asked to stop.
+            TypeError: the evaluator returned no dictionary.
+        """
+        evaluate = self._evaluate
+        if evaluate is None:
+            return {}
+
+        def judge(should_stop: StopCheck) -> dict[str, Any]:
+            self._reached(EVALUATION_BEGUN)
+            # On the main process alone: what it drew here would set its dropout apart from an undisturbed run's.
+            with preserved_random_state(self._device):
+                verdict = evaluate(model, state, should_stop)
+            if not isinstance(verdict, dict):
+                raise TypeError(f"evaluate() must return a dictionary of JSON values, not {type(verdict).__name__}")
+            return verdict
+
+        return dict(self._coordinator.main_phase("evaluation", judge))

@@ -1,17 +1,16 @@
-"""Hooks that a configuration switches on by name: forward hooks observe, update hooks transform.
+"""Hooks that a configuration switches on by name: forward hooks observe, update hooks change gradients.
 
-A hook is a registered name or an import path ``package.module:factory``; the factory gets the
+A configured hook is a registered name or an import path ``package.module:factory``; the factory gets the
 model (unwrapped) and returns the hook. Forward hooks see the outputs of modules in training
 and cannot change them: what they return is dropped, and a write in place is an error. Update
 hooks get the gradients of every step before clipping and may change them in place.
 
-With nothing registered, ``bool(hooks)`` is false and the loop does no work for hooks. A
-forward hook is a break in the graph of a compiled model, so it costs some of its speed.
+Without hooks ``bool(hooks)`` is false and the loop does no work for them. A forward hook breaks the graph of a
+compiled model, which makes it slower.
 """
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -19,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from accel_train.config.imports import import_by_path
 from accel_train.config.sections import HooksConfig
 from accel_train.errors import ConfigError
 from accel_train.model.transformer import Block
@@ -28,15 +28,15 @@ class ForwardHook(ABC):
     """Base of forward hooks: override :meth:`observe`, and the others where needed."""
 
     def selects(self, name: str, module: nn.Module) -> bool:
-        """Whether to observe this module (``name`` as in ``named_modules``); default: every transformer block."""
+        """Return whether to observe this module, named as in ``named_modules``; default: every transformer block."""
         return isinstance(module, Block)
 
     @abstractmethod
     def observe(self, name: str, output: Any) -> None:
-        """See the output of module ``name`` in a training forward pass, without gradient; never change it."""
+        """Look at the output of module ``name`` in a training forward pass, without gradient; never change it."""
 
     def scalars(self) -> dict[str, float]:
-        """Figures for the log; called at log boundaries only, so reading tensors here is fine."""
+        """Return numbers for the log, by name; called at log boundaries only, so it may read tensors."""
         return {}
 
 
@@ -45,17 +45,17 @@ UpdateHook = Callable[[int, Mapping[str, Tensor]], None]
 
 
 class ActivationStats(ForwardHook):
-    """Mean and standard deviation of every transformer block's last output, kept on the device."""
+    """Logs mean and standard deviation of every transformer block's last output."""
 
     def __init__(self, model: nn.Module) -> None:
         self._stats: dict[str, Tensor] = {}
 
     def observe(self, name: str, output: Tensor) -> None:
-        """Store the two figures; nothing waits for the device."""
+        """Keep the two numbers on the device; nothing waits for it."""
         self._stats[name] = torch.stack(torch.std_mean(output.float(), correction=0))
 
     def scalars(self) -> dict[str, float]:
-        """``activations/<block>/mean`` and ``activations/<block>/std``, in one transfer."""
+        """Return ``activations/<block>/mean`` and ``activations/<block>/std``, in one transfer."""
         figures: dict[str, float] = {}
         if self._stats:
             for name, (std, mean) in zip(self._stats, torch.stack([*self._stats.values()]).tolist(), strict=True):
@@ -65,7 +65,7 @@ class ActivationStats(ForwardHook):
 
 
 def identity(model: nn.Module) -> UpdateHook:
-    """An update hook that leaves the gradients as they are."""
+    """Return an update hook that leaves the gradients as they are."""
 
     def hook(step: int, gradients: Mapping[str, Tensor]) -> None:
         pass
@@ -77,7 +77,8 @@ FORWARD_HOOKS: dict[str, Callable[[nn.Module], ForwardHook]] = {"activation_stat
 UPDATE_HOOKS: dict[str, Callable[[nn.Module], UpdateHook]] = {"identity": identity}
 
 
-Observer = Callable[[nn.Module, Any, Any], None]
+ModuleHook = Callable[[nn.Module, Any, Any], None]
+"""What ``nn.Module.register_forward_hook`` takes: called with the module, its inputs and its output."""
 
 
 class Hooks:
@@ -105,7 +106,7 @@ class Hooks:
                 rule = f"finds nothing to observe in a {type(model).__name__}; switch it off, or let it select modules"
                 raise ConfigError("hooks.forward", hook_name, rule)
             for name, module in selected:
-                self._handles.append(module.register_forward_hook(_observer(hook_name, hook, name)))
+                self._handles.append(module.register_forward_hook(_module_hook(hook_name, hook, name)))
 
     def __bool__(self) -> bool:
         return bool(self.names)
@@ -114,7 +115,7 @@ class Hooks:
         """Give every update hook the gradients of this step, which it may change in place.
 
         Args:
-            step: steps taken before this one.
+            step: steps done before this one.
             parameters: all trained parameters, in the order of ``model.parameters()``.
         """
         if not self._update:
@@ -126,7 +127,7 @@ class Hooks:
                 hook(step, gradients)
 
     def scalars(self) -> dict[str, float]:
-        """The figures of all forward hooks; reads the device, so for log boundaries only."""
+        """Return the numbers of all forward hooks; waits for the device."""
         return {name: value for hook in self._forward.values() for name, value in hook.scalars().items()}
 
     def close(self) -> None:
@@ -135,7 +136,7 @@ class Hooks:
             self._handles.pop().remove()
 
 
-def _observer(hook_name: str, hook: ForwardHook, module_name: str) -> Observer:
+def _module_hook(hook_name: str, hook: ForwardHook, module_name: str) -> ModuleHook:
     def observe(module: nn.Module, _inputs: Any, output: Any) -> None:
         if not module.training:
             return
@@ -147,11 +148,11 @@ def _observer(hook_name: str, hook: ForwardHook, module_name: str) -> Observer:
                 f"forward hook {hook_name!r} changed the output of {module_name!r}; let it write to a copy"
             )
 
-    return cast(Observer, torch.compiler.disable(observe))  # type: ignore[no-untyped-call]
+    return cast(ModuleHook, torch.compiler.disable(observe))  # type: ignore[no-untyped-call]
 
 
 def _versions(output: Any) -> list[int]:
-    """How often each tensor of an output has been written to; host counters, no device access."""
+    """Return how often each tensor of an output was written to; torch counts that on the host."""
     values: Iterable[Any] = output if isinstance(output, tuple | list) else (output,)
     return [value._version for value in values if isinstance(value, Tensor)]
 
@@ -180,15 +181,10 @@ def build_hooks(config: HooksConfig, model: nn.Module) -> Hooks:
 def _build(field: str, name: str, registry: Mapping[str, Callable[[nn.Module], Any]], model: nn.Module) -> Any:
     if name in registry:
         return registry[name](model)
-    path, colon, attribute = name.partition(":")
-    if not (path and colon and attribute):
+    path, _, attribute = name.partition(":")
+    if not (path and attribute):
         raise ConfigError(field, name, f"is no hook; use one of {', '.join(registry)}, or package.module:factory")
-    try:
-        factory = getattr(importlib.import_module(path), attribute)
-    except ImportError as error:
-        raise ConfigError(field, name, f"cannot be imported: {error}; is it installed or on PYTHONPATH?") from error
-    except AttributeError as error:
-        raise ConfigError(field, name, f"names nothing: {path} has no {attribute!r}") from error
+    factory = import_by_path(field, name)
     if not callable(factory):
         raise ConfigError(field, name, f"is no factory: {attribute!r} cannot be called")
     return factory(model)

@@ -1,6 +1,6 @@
-"""What was consumed and what it cost: losses on the device, the fingerprint on the host.
+"""Losses and data fingerprint between two log boundaries: the losses on the device, the fingerprint on the host.
 
-Nothing here waits for the device before :meth:`Ledger.settle`, which the loop calls once per
+Nothing here waits for the device before :meth:`LossBuffer.collect`, which the loop calls once per
 log interval and before every checkpoint.
 """
 
@@ -15,11 +15,11 @@ import torch
 from accel_train.data.permutation import fingerprint_terms
 
 
-class Ledger:
-    """Losses and fingerprint since the last settlement.
+class LossBuffer:
+    """Holds losses and fingerprint until they are collected.
 
     Args:
-        capacity: micro-steps between two settlements at most.
+        capacity: micro-steps between two collections at most.
         accumulation: micro-steps per step.
         world_size: number of ranks.
         gather: concatenates a tensor over the ranks, in rank order.
@@ -39,19 +39,22 @@ class Ledger:
         self._recorded = 0
         self._consumed: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
 
-    def enter(self, loss: torch.Tensor, positions: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> None:
-        """Record one micro-step of this rank: its mean loss, and which samples stood at which positions.
+    def add(self, loss: torch.Tensor, positions: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> None:
+        """Add one micro-step of this rank; nothing is hashed before :meth:`collect`.
 
-        The arrays are kept until the settlement, where one call hashes them all.
+        Args:
+            loss: mean loss, a scalar on the device.
+            positions: ``(local batch,)`` positions in the run's order.
+            ids: ``(local batch,)`` samples at these positions.
         """
         self._losses[self._recorded] = loss
         self._recorded += 1
         self._consumed.append((positions, ids))
 
-    def settle(self) -> tuple[list[float], int]:
-        """The mean loss of every step over ranks and micro-steps, and the fingerprint of all ranks.
+    def collect(self) -> tuple[list[float], int]:
+        """Return the mean loss of every step over ranks and micro-steps, and the fingerprint of all ranks.
 
-        A collective when there are several ranks; empty when nothing was recorded.
+        Waits for the device; a collective when there are several ranks. Empty when nothing was added.
         """
         if self._recorded == 0:
             return [], 0
@@ -73,6 +76,6 @@ class Ledger:
 
 
 def _as_signed(value: int) -> int:
-    """The same 64 bits as a signed integer, which torch can hold."""
+    """Return the same 64 bits as a signed integer, which torch can hold."""
     value %= 2**64
     return value - 2**64 if value >= 2**63 else value

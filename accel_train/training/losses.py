@@ -52,7 +52,7 @@ def fused_cross_entropy(model: nn.Module, batch: Any) -> Tensor:
 
 
 def count_targets(batch: Any) -> int:
-    """Targets that count in the mean of a batch's loss; of a batch in another form, its samples.
+    """Return the number of targets in the mean of a batch's loss, or of samples where a batch has another form.
 
     Waits for the device that the batch is on.
     """
@@ -65,7 +65,7 @@ def count_targets(batch: Any) -> int:
 
 
 def _split(batch: Any) -> tuple[Tensor, Tensor, bool]:
-    """Inputs, targets, and whether the targets still have to be shifted."""
+    """Return inputs, targets, and whether the targets still have to be shifted."""
     if isinstance(batch, Mapping):
         if "inputs" in batch and "targets" in batch:
             return batch["inputs"], batch["targets"], False

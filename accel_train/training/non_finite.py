@@ -1,28 +1,55 @@
-"""What stopped training: asked only when it has stopped."""
+"""Why a loss or gradient was not finite: found by a replay after training has stopped."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from accel_train.errors import NonFinite
+from accel_train.ranks.coordinator import Coordinator
+
+
+def replay(
+    step: int,
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: Callable[[nn.Module, Any], torch.Tensor],
+    coordinator: Coordinator,
+) -> NonFinite:
+    """Replay the batch of a step that is not finite on every rank, and return the error that names what is not.
+
+    Args:
+        step: 1-based number of the update that could not be made.
+        model: unwrapped.
+        batches: this rank's micro-batches of the step.
+        loss_fn: ``loss_fn(model, batch)`` returns the loss.
+        coordinator: gathers what the ranks found.
+    """
+    finding: str | None = None
+    for batch in batches:
+        finding = finding or first_bad_tensor(model, batch, loss_fn)
+    findings = coordinator.gather("diagnosis of a non-finite loss", finding)
+    rank, first = next(((r, f) for r, f in enumerate(findings) if f), (0, None))
+    return NonFinite(step, f"{first} on rank {rank}" if first else "nothing non-finite in a replay of its batch")
+
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was not enough memory, on whatever device: torch raises a plain ``RuntimeError`` on the CPU."""
+    """Return whether memory ran out, on any device: torch raises a plain ``RuntimeError`` on the CPU."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def first_bad_tensor(model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], torch.Tensor]) -> str | None:
-    """Name the first non-finite parameter, else activation, else loss, else gradient of one forward and backward.
+    """Return the name of the first non-finite parameter, else activation, else loss, else gradient.
 
     Args:
-        model: unwrapped, so that no other rank takes part.
+        model: unwrapped, so that the forward and backward here are no collective.
         batch: the micro-batch to replay.
-        loss_fn: as the trainer's.
+        loss_fn: ``loss_fn(model, batch)`` returns the loss.
 
     Returns:
         Such as ``parameter blocks.0.attention.qkv.weight``, or None when everything is finite.

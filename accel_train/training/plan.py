@@ -1,4 +1,4 @@
-"""The arithmetic of a run: steps, batches, slices and learning rates, before anything is computed."""
+"""How a run is cut into epochs, steps, micro-steps and slices of ranks: pure functions of the configuration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 from accel_train.config.sections import TrainingConfig
 from accel_train.data.permutation import GlobalBatchSampler
 from accel_train.errors import ConfigError
-from accel_train.training.schedule import cosine_with_warmup, warmup_steps
+from accel_train.training.optimizer import cosine_with_warmup, warmup_steps
 
 
 @dataclass(frozen=True)
@@ -38,48 +38,48 @@ class Plan:
 
     @property
     def accumulation(self) -> int:
-        """Micro-steps per step."""
+        """Number of micro-steps per step."""
         return self.config.gradient_accumulation_steps
 
     @property
     def micro_batch(self) -> int:
-        """Samples per micro-step over all ranks."""
+        """Number of samples per micro-step over all ranks."""
         return self.config.batch_size // self.accumulation
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in the dataset."""
+        """Number of whole batches in the dataset."""
         return self.samples // self.config.batch_size
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole budget: the earlier of max_epochs and max_steps."""
+        """Number of steps of the run: the smaller of max_epochs and max_steps."""
         budget = self.config.max_epochs * self.steps_per_epoch
         return budget if self.config.max_steps == -1 else min(budget, self.config.max_steps)
 
     def own_positions(self) -> npt.NDArray[np.int64]:
-        """Positions ``(local batch,)`` of this rank's slice within a micro-step's batch."""
+        """Return the positions ``(local batch,)`` of this rank's slice within a micro-step's batch."""
         local = self.micro_batch // self.world_size
         return self.rank * local + np.arange(local, dtype=np.int64)
 
     def first_position(self, epoch: int, step_in_epoch: int) -> int:
-        """Position of a step's first sample, counted over the whole run."""
+        """Return the position of a step's first sample, counted over the whole run."""
         return (epoch * self.steps_per_epoch + step_in_epoch) * self.config.batch_size
 
     def epoch_of(self, step: int) -> int:
-        """The epoch, counted from 1, that the ``step``-th step belongs to."""
+        """Return the epoch, counted from 1, of step ``step``, counted from 1."""
         return -(-step // self.steps_per_epoch)
 
     def sampler(self) -> GlobalBatchSampler:
-        """The batches of micro-steps, in the run's order."""
+        """Return a sampler of the micro-steps' batches, in the run's order."""
         batches = self.steps_per_epoch * self.accumulation
         return GlobalBatchSampler(self.samples, self.micro_batch, self.seed, batches)
 
     def lr_factor(self, step: int) -> float:
-        """Learning rate of update ``step`` (from 0) as a fraction of the peak."""
+        """Return the learning rate of update ``step`` (from 0) as a fraction of the peak."""
         warm_up = warmup_steps(self.config, self.total_steps)
         return cosine_with_warmup(step, warm_up, self.total_steps, self.config.min_lr_ratio)
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of update ``step`` (from 0)."""
+        """Return the learning rate of update ``step`` (from 0)."""
         return self.config.learning_rate * self.lr_factor(step)

@@ -6,56 +6,27 @@ so that a log file stays readable. Only the main process makes one of these.
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 import time
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from tqdm import tqdm
 
+from accel_train.process.console import say
 from accel_train.training.callbacks import Callback, LoopState
-
-_SUMMARY_FIGURES = {
-    "edge_compliance": "edge",
-    "rule_compliance": "rule",
-    "sampled_rule_compliance": "sampled rule",
-    "val_loss": "validation loss",
-    "val_bits_per_byte": "bits per byte",
-}
-
-
-def say(phase: str, what: str) -> None:
-    """One line of progress: the phase, then what happened."""
-    try:
-        tqdm.write(f"{phase:<10} {what}", file=sys.stdout)
-        sys.stdout.flush()
-    except OSError:
-        # The reader is gone (`| head`, a closed terminal): that is no reason to stop training.
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
-
-
-def be_silent(_phase: str, _what: str) -> None:
-    """:func:`say` for the other ranks."""
-
-
-class ConsoleHandler(logging.Handler):
-    """Log messages on stderr, in the form of the command line's own errors; a bar is not torn by them."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write one message, with its traceback if it has one."""
-        tqdm.write(f"accel-train: {record.levelname.lower()}: {self.format(record)}", file=sys.stderr)
 
 
 class Progress(Callback):
     """Bars, log lines and epoch summaries.
 
     Args:
+        headline: metrics of the line that ends an epoch, with their short names.
         bars: draw bars; default: when stderr is a terminal.
     """
 
-    def __init__(self, *, bars: bool | None = None) -> None:
+    def __init__(self, headline: Mapping[str, str] | None = None, *, bars: bool | None = None) -> None:
+        self._headline = dict(headline or {})
         self._bars = sys.stderr.isatty() if bars is None else bars
         self._bar: tqdm[Any] | None = None
         self._last: dict[str, Any] = {}
@@ -98,7 +69,12 @@ class Progress(Callback):
         self.close()
         loss = self._last.get("loss", state.loss)
         now = time.perf_counter()
-        parts = [_place(state), f"loss {loss:.4f}", *_verdict(self._evaluation), f"{now - self._epoch_began:.1f} s"]
+        parts = [
+            _place(state),
+            f"loss {loss:.4f}",
+            *_verdict(self._evaluation, self._headline),
+            f"{now - self._epoch_began:.1f} s",
+        ]
         say("epoch", "  ".join(parts))
         self._last, self._evaluation, self._epoch_began = {}, {}, now
 
@@ -127,22 +103,20 @@ class Progress(Callback):
 
 
 def _epoch(state: LoopState) -> str:
-    """The epoch of the last step, such as ``2/50``."""
+    """Return the epoch of the last step, such as ``2/50``."""
     last = -(-state.total_steps // state.steps_per_epoch)
     return f"{-(-state.step // state.steps_per_epoch):>{len(str(last))}}/{last}"
 
 
 def _place(state: LoopState) -> str:
-    """Epoch and step, as wide in every line of a run."""
+    """Return epoch and step, equally wide in every line of a run."""
     return f"{_epoch(state)}  step {state.step:>{len(str(state.total_steps))}}/{state.total_steps}"
 
 
-def _verdict(evaluation: dict[str, Any]) -> list[str]:
+def _verdict(evaluation: dict[str, Any], headline: Mapping[str, str]) -> list[str]:
     """Figures and outcome of an evaluation; the reason only where the figures do not show it."""
     metrics = evaluation.get("metrics", {})
-    parts = [
-        f"{shown} {metrics[name]:.4f}" for name, shown in _SUMMARY_FIGURES.items() if metrics.get(name) is not None
-    ]
+    parts = [f"{shown} {metrics[name]:.4f}" for name, shown in headline.items() if metrics.get(name) is not None]
     if evaluation.get("passed"):
         parts.append("gate passed")
     elif "passed" in evaluation:

@@ -1,9 +1,8 @@
-"""A whole step as one CUDA graph: recorded once, then started with a single launch.
+"""A whole step as one CUDA graph: recorded once, then replayed with a single launch.
 
-For a small model the launches are the step: some two hundred kernels of a few microseconds each, and the
-host needs longer to start one than the device to run it. A graph holds them all, with their order and
-their addresses, and random numbers go on from where the generator stands, so a replay computes what the
-kernels one by one would.
+A step of a small model is some two hundred kernels of a few microseconds each, and the host needs longer to launch
+one than the device to run it. A graph holds all kernels with their order and addresses. Its random numbers continue
+from the generator's state, so a replay computes the same bits as the kernels launched one by one.
 """
 
 from __future__ import annotations
@@ -16,24 +15,24 @@ from accelerate import Accelerator
 from accelerate.utils import recursively_apply
 from torch import Tensor
 
+from accel_train.checkpoints.random_states import preserved_random_state
 from accel_train.model.cuda_graph import capture
-from accel_train.ranks.accelerator import preserved_random_state
 
 Outputs = tuple[Tensor, Tensor]
 Step = Callable[[Any], Outputs]
-"""``step(batch)``: the device's part of a step; returns its loss and gradient norm, scalars on the device."""
+"""``step(batch)`` computes a step and returns its loss and gradient norm, scalars on the device."""
 
 
 class RecordedStep:
-    """A step that is replayed.
+    """Records a step and replays it.
 
     Args:
-        step: asks the device nothing, and finds weights and optimizer state at the same addresses every time.
-        batch: any batch, on the device. Others that differ from it in shape are computed kernel by kernel.
+        step: never waits for the device, and finds weights and optimizer state at the same addresses every time.
+        batch: any batch, on the device. Batches of other shapes are computed kernel by kernel.
         set_frozen: ``set_frozen(True)`` makes ``step`` leave weights and optimizer state as they are.
 
     Raises:
-        RuntimeError: ``step`` asks the device something or does what else cannot be recorded; random states,
+        RuntimeError: ``step`` waits for the device or does something else that cannot be recorded; random states,
             weights and optimizer state are as before.
     """
 
@@ -62,7 +61,7 @@ class RecordedStep:
 
 
 def why_not(accelerator: Accelerator, *, hooks: bool) -> str | None:
-    """Why the step of a run on a GPU is not recorded, or None where it can be."""
+    """Return why the step of a run on a GPU cannot be recorded, or None if it can."""
     dynamo = getattr(accelerator.state, "dynamo_plugin", None)
     reasons = {
         "several processes": accelerator.num_processes > 1,
@@ -77,7 +76,7 @@ def why_not(accelerator: Accelerator, *, hooks: bool) -> str | None:
 
 
 def _tensors(batch: Any) -> list[Tensor]:
-    """The tensors of a batch, in the order of its structure."""
+    """Return the tensors of a batch, in the order of its structure."""
     found: list[Tensor] = []
     recursively_apply(found.append, batch)
     return found

@@ -1,7 +1,7 @@
-"""What the device computes in a step: forward, loss, backward, clip, update; one by one or as a recorded graph.
+"""One step: forward, loss and backward of its micro-steps, then clipping, optimizer, schedule and zero_grad.
 
-On a CPU a step that is not finite is seen at once. On a GPU the device itself decides: from the first bad
-step on its fused optimizer leaves everything as it is, and the host hears of it at a boundary.
+On a CPU a loss or gradient that is not finite ends the step at once. On a GPU the host does not wait to see it: from
+the first bad step on the fused optimizer changes nothing, and the host finds out at the next log boundary.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from accel_train.model.transformer import TransformerLM
 from accel_train.training.hooks import Hooks
 from accel_train.training.losses import fused_cross_entropy, next_token_cross_entropy
 from accel_train.training.recorded_step import RecordedStep, why_not
-from accel_train.training.update import mechanics
+from accel_train.training.update import build_updater
 
 log = logging.getLogger(__name__)
 
 _MAX_SKIPPED_IN_A_ROW = 50
-"""Overflows of fp16 gradients before the run is given up: by then the loss scale is a 2^50th of what it was."""
+"""Overflows of fp16 gradients in a row that end a run: the loss scale is then 2^-50 of what it was."""
 
 _OUR_LOSSES = (next_token_cross_entropy, fused_cross_entropy)
 
@@ -34,27 +34,27 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
 class Outcome(Enum):
-    """What became of an update."""
+    """How an update ended."""
 
     MADE = auto()
-    """As far as the host knows: on a GPU :meth:`Step.updates_made` tells."""
+    """The optimizer was called; on a GPU only :meth:`Step.updates_made` tells whether the weights changed."""
     SKIPPED = auto()
-    """Loss scaling left it out, and the schedule stands still."""
+    """Loss scaling left the weights and the schedule as they were."""
     NOT_FINITE = auto()
-    """Loss or gradients are not finite on any rank, or no loss scale is small enough: training cannot go on."""
+    """The loss or a gradient is not finite on some rank, or no loss scale is small enough; training ends."""
 
 
 class Step:
-    """A step of prepared objects, on this rank.
+    """Computes the steps of a run on this rank.
 
     Args:
-        accelerator: prepared the others.
-        model: prepared.
+        accelerator: as :func:`accel_train.ranks.accelerator.build_accelerator` returns it.
+        model: prepared by the accelerator, as the next two.
         optimizer: prepared.
         scheduler: prepared.
         loss_fn: ``loss_fn(model, batch)`` returns a scalar mean.
-        config: of the loop.
-        hooks: see the gradients of every step.
+        config: configuration of the loop.
+        hooks: get the gradients of every step.
     """
 
     def __init__(
@@ -69,9 +69,9 @@ class Step:
         hooks: Hooks | None,
     ) -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.mechanics = mechanics(accelerator, model, optimizer, scheduler, self.parameters)
+        self.updater = build_updater(accelerator, model, optimizer, scheduler, self.parameters)
         self.grad_norm: Tensor | None = None
-        """Of the last step, before clipping: a scalar on the device."""
+        """Gradient norm of the last step before clipping, a scalar on the device."""
         self._accelerator, self._model, self._loss_fn, self._config = accelerator, model, loss_fn, config
         self._hooks = hooks
         self._max_norm = config.max_grad_norm or math.inf
@@ -86,17 +86,21 @@ class Step:
             self.freeze_on_device(optimizer.optimizer)
 
     def freeze_on_device(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let the fused ``optimizer`` skip its updates from the first bad step on: no host decision, no sync."""
+        """Make the fused ``optimizer`` skip its updates from the first bad step on, without the host waiting."""
         self.freezes_on_device = True
         optimizer.found_inf = self._frozen  # type: ignore[attr-defined]
 
     def micro_step(self, batch: Any) -> Tensor:
-        """Forward and backward on this rank's slice; returns the mean loss, a scalar on the device."""
+        """Compute forward, loss and backward on this rank's slice of a micro-step.
+
+        Returns:
+            The mean loss, a scalar on the device.
+        """
         if self._recorded is not None:
-            self.mechanics.send_rates()
+            self.updater.send_rates()
             loss, self.grad_norm = self._recorded(batch)
             return loss
-        with self.mechanics.micro_step():
+        with self.updater.micro_step():
             return self._backward(batch)
 
     def _backward(self, batch: Any) -> Tensor:
@@ -105,35 +109,35 @@ class Step:
         if self._accelerator.num_processes > 1:
             # Times 1 exactly, or NaN: a loss that is not finite reaches every rank's gradients.
             loss = loss * (value * 0 + 1)
-        self.mechanics.backward(loss)
+        self.updater.backward(loss)
         return value
 
     @property
     def is_complete(self) -> bool:
-        """Whether the last micro-step was its step's last: then :meth:`update` is due."""
-        return self._recorded is not None or self.mechanics.completes_step
+        """Whether the last micro-step was the last one of its step, so that :meth:`update` follows."""
+        return self._recorded is not None or self.updater.completes_step
 
     def update(self, loss: Tensor, step: int) -> Outcome:
-        """Hooks, clipping, optimizer, schedule, and gradients away.
+        """Run the update hooks, clip, and update weights and schedule; the gradients are gone afterwards.
 
         Args:
-            loss: of the last micro-step.
-            step: steps taken before this one.
+            loss: loss of the last micro-step.
+            step: steps done before this one.
         """
         if self._recorded is not None:
-            self.mechanics.advance_schedule()
+            self.updater.advance_schedule()
             return Outcome.MADE
         if self._hooks:
             # Hooks see true gradients: without this fp16's would still be multiplied by the loss scale.
-            self.mechanics.unscale()
+            self.updater.unscale()
             self._hooks.apply_update(step, self.parameters)
-        self.grad_norm = norm = self.mechanics.clip(self._max_norm)
+        self.grad_norm = norm = self.updater.clip(self._max_norm)
         if self.freezes_on_device:
             self._freeze_unless_finite(loss, norm)
         elif self._watches_norm and not math.isfinite(float(norm) + float(loss)):
             # On CPU reading costs nothing; the norm is that of the summed gradients, equal on all ranks.
             return Outcome.NOT_FINITE
-        if self.mechanics.update():
+        if self.updater.update():
             self._skipped_in_a_row = 0
             return Outcome.MADE
         self._skipped_in_a_row += 1
@@ -145,7 +149,7 @@ class Step:
         self._updates.add_(1.0 - self._frozen)
 
     def updates_made(self) -> int | None:
-        """Updates since the last call, where the device decides about them; waits for it. None: the host knows."""
+        """Return the updates made since the last call, which waits for the device; None where the host knows."""
         if not self.freezes_on_device:
             return None
         made = int(self._updates)
@@ -153,16 +157,19 @@ class Step:
         return made
 
     def throwaway_backward(self, batch: Any) -> None:
-        """Forward and backward that leave nothing behind but what the libraries set up in their first passes."""
-        self.mechanics.backward(self._loss_fn(self._model, batch))
-        self.mechanics.drop_gradients()
+        """Compute forward and backward and drop the gradients, so that libraries set up what a first pass sets up."""
+        self.updater.backward(self._loss_fn(self._model, batch))
+        self.updater.drop_gradients()
 
     # -- as one CUDA graph -------------------------------------------------------------------
 
     def record(self, get_batch: Callable[[], Any]) -> None:
-        """Record the step on a batch, where the configuration asks for that and it is possible; says if it is not.
+        """Record the step as a CUDA graph if the configuration wants it, or log why that is not possible.
 
-        Weights, optimizer and random states stay as they are; from now on their tensors must stay where they are.
+        Weights, optimizer and random states do not change; their tensors must keep their addresses from now on.
+
+        Args:
+            get_batch: returns any batch of this rank, on the device.
         """
         wanted = self._config.cuda_graph
         if not self.freezes_on_device or not (self._computes_the_same_every_time if wanted is None else wanted):
@@ -173,21 +180,21 @@ class Step:
                 self._recorded = RecordedStep(self._on_device, get_batch(), self._frozen.fill_)
             except RuntimeError as error:
                 reason = str(error).partition("\n")[0]
-                self.mechanics.drop_gradients()
+                self.updater.drop_gradients()
         if reason is not None:
             log.info("the step is not recorded as a CUDA graph, its kernels are launched one by one: %s", reason)
 
     @property
     def _computes_the_same_every_time(self) -> bool:
-        """Whether nothing but tensors decides what a step does: sure of our own model and losses only."""
+        """Whether only tensors decide what a step computes, which is known of this package's model and losses."""
         model = self._accelerator.unwrap_model(self._model, keep_torch_compile=False)
         return isinstance(model, TransformerLM) and self._loss_fn in _OUR_LOSSES
 
     def _on_device(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """All of a step of one micro-step but its schedule: the loss and the gradient norm."""
-        self.mechanics.drop_gradients()
+        """Compute a step of one micro-step except for its schedule; return the loss and the gradient norm."""
+        self.updater.drop_gradients()
         loss = self._backward(batch)
-        norm = self.mechanics.clip(self._max_norm)
+        norm = self.updater.clip(self._max_norm)
         self._freeze_unless_finite(loss, norm)
-        self.mechanics.apply()
+        self.updater.apply()
         return loss, norm

@@ -1,8 +1,8 @@
-"""Backward pass, clipping and update of a step: through Accelerate's wrappers, or past them.
+"""The calls that a step consists of: backward, clip, optimizer, schedule, zero_grad.
 
-Without a loss scaler and without sharding the wrappers come to plain PyTorch calls, but find that
-out anew in every step (by signatures, environment and packages on disk): 0.3 ms, which is
-nothing to a large model and a sixth of a step to a very small one (docs/benchmarks.md).
+:class:`Updater` makes them through Accelerate's wrappers. Without a loss scaler and without sharding these end in
+plain PyTorch calls, but look at signatures, environment and installed packages in every step: 0.3 ms, which is
+a sixth of a step of a very small model (docs/benchmarks.md). :class:`DirectUpdater` then calls PyTorch itself.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _PLAIN = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_G
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
-class Mechanics:
-    """What Accelerate prepared, used through Accelerate.
+class Updater:
+    """Makes the calls of a step through Accelerate.
 
     Args:
-        accelerator: prepared the others.
-        model: prepared.
-        optimizer: prepared.
-        scheduler: prepared.
-        parameters: those that are trained.
+        accelerator: prepared the next three.
+        model: the model.
+        optimizer: its optimizer.
+        scheduler: the optimizer's schedule.
+        parameters: the parameters that are trained.
     """
 
     def __init__(
@@ -38,12 +38,12 @@ class Mechanics:
         self._unscaled = False
 
     def micro_step(self) -> AbstractContextManager[Any]:
-        """Around forward and backward of a micro-step: ranks sum their gradients in a step's last one only."""
+        """Return the context of a micro-step: in the last one of a step the ranks sum their gradients."""
         return self._accelerator.accumulate(self._model)  # type: ignore[no-any-return]
 
     @property
     def completes_step(self) -> bool:
-        """Whether the micro-step at hand is its step's last."""
+        """Whether the current micro-step is the last one of its step."""
         return bool(self._accelerator.sync_gradients)
 
     def backward(self, loss: Tensor) -> None:
@@ -51,24 +51,24 @@ class Mechanics:
         self._accelerator.backward(loss)
 
     def unscale(self) -> None:
-        """Turn the gradients into those of the true loss, once in a step."""
+        """Divide the gradients by the loss scale, once in a step."""
         self._accelerator.unscale_gradients()
         self._unscaled = self._accelerator.scaler is not None
 
     def clip(self, max_norm: float) -> Tensor:
-        """Scale the gradients down to a global norm of at most ``max_norm``; returns the norm before, a scalar."""
+        """Scale the gradients to a global norm of at most ``max_norm`` and return the norm before, a scalar."""
         if self._unscaled:
             # Accelerate would unscale them again.
             return nn.utils.clip_grad_norm_(self._parameters, max_norm)
         return self._accelerator.clip_grad_norm_(self._parameters, max_norm)  # type: ignore[no-any-return]
 
     def update(self) -> bool:
-        """Optimizer, schedule, and gradients away.
+        """Update weights and schedule, and drop the gradients.
 
         Returns:
-            Whether it was made: with loss scaling a gradient that overflows leaves the weights and the schedule as
-            they were. Only the scale tells, at the price of waiting for the device: a fused optimizer is called in any
-            case and Accelerate takes the call for an update.
+            Whether the weights were updated: with loss scaling, a gradient that overflows leaves weights and schedule
+            as they were. Only the scale tells, which waits for the device: Accelerate takes every call of a fused
+            optimizer for an update.
         """
         scaler = self._accelerator.scaler
         scale = 0.0 if scaler is None else scaler.get_scale()
@@ -81,23 +81,23 @@ class Mechanics:
         return made
 
     def send_rates(self) -> None:
-        """Nothing: the optimizer reads the learning rates where the schedule writes them."""
+        """Do nothing: the optimizer reads the learning rates where the schedule writes them."""
 
     def apply(self) -> None:
-        """The optimizer's update alone."""
+        """Update the weights."""
         self._optimizer.step()
 
     def advance_schedule(self) -> None:
-        """To the learning rate of the next update."""
+        """Set the learning rate of the next update."""
         self._scheduler.step()
 
     def drop_gradients(self) -> None:
-        """Without an update."""
+        """Drop the gradients."""
         self._optimizer.zero_grad()
 
 
-class DirectMechanics(Mechanics):
-    """The same calls, in the same order and with the same bits, on what is inside the wrappers."""
+class DirectUpdater(Updater):
+    """Makes the same calls in the same order, with the same bits, on the objects inside Accelerate's wrappers."""
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any, scheduler: Any, **rest: Any) -> None:
         super().__init__(accelerator, model, optimizer.optimizer, scheduler.scheduler, **rest)
@@ -109,24 +109,24 @@ class DirectMechanics(Mechanics):
         self._without_sum = getattr(model, "no_sync", lambda: _NOTHING)
 
     def micro_step(self) -> AbstractContextManager[Any]:
-        """See :meth:`Mechanics.micro_step`."""
+        """See :meth:`Updater.micro_step`."""
         self._done += 1
         return _NOTHING if self.completes_step else self._without_sum()
 
     @property
     def completes_step(self) -> bool:
-        """See :meth:`Mechanics.completes_step`."""
+        """See :meth:`Updater.completes_step`."""
         return self._done % self._accumulation == 0
 
     def backward(self, loss: Tensor) -> None:
-        """See :meth:`Mechanics.backward`."""
+        """See :meth:`Updater.backward`."""
         torch.autograd.backward(loss if self._accumulation == 1 else loss / self._accumulation)
 
     def unscale(self) -> None:
-        """Nothing was scaled."""
+        """Do nothing: there is no loss scale."""
 
     def update(self) -> bool:
-        """See :meth:`Mechanics.update`."""
+        """See :meth:`Updater.update`."""
         self.send_rates()
         self.apply()
         self.advance_schedule()
@@ -134,13 +134,13 @@ class DirectMechanics(Mechanics):
         return True
 
     def send_rates(self) -> None:
-        """Learning rates to the GPU, where :meth:`apply` reads them: a recorded update takes no numbers."""
+        """Copy the learning rates to the GPU, where :meth:`apply` reads them: a CUDA graph takes no numbers."""
         if self._rates:
             for rate, group in zip(self._rates, self._optimizer.param_groups, strict=True):
                 rate.fill_(group["lr"])
 
     def apply(self) -> None:
-        """See :meth:`Mechanics.apply`; on a GPU with the learning rates last sent, the same bits recorded or not."""
+        """See :meth:`Updater.apply`; on a GPU with the learning rates last sent, with the same bits recorded or not."""
         if not self._rates:
             self._optimizer.step()
             return
@@ -157,14 +157,14 @@ class DirectMechanics(Mechanics):
                 group["lr"], group["capturable"] = number, False
 
     def clip(self, max_norm: float) -> Tensor:
-        """See :meth:`Mechanics.clip`."""
+        """See :meth:`Updater.clip`."""
         return nn.utils.clip_grad_norm_(self._parameters, max_norm)
 
 
-def mechanics(
+def build_updater(
     accelerator: Accelerator, model: nn.Module, optimizer: Any, scheduler: Any, parameters: list[nn.Parameter]
-) -> Mechanics:
-    """The direct one where the wrappers add nothing."""
+) -> Updater:
+    """Return a :class:`DirectUpdater` where Accelerate's wrappers add nothing, else an :class:`Updater`."""
     plain = accelerator.distributed_type in _PLAIN and accelerator.scaler is None
-    kind = DirectMechanics if plain else Mechanics
+    kind = DirectUpdater if plain else Updater
     return kind(accelerator, model, optimizer, scheduler, parameters=parameters)

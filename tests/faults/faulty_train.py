@@ -1,4 +1,4 @@
-"""``scripts/train.py`` with an observer that injects the fault described in the environment.
+"""``scripts/train.py`` with the fault described in the environment.
 
 ``FAULT`` holds JSON: ``point`` and ``number`` (the fault comes when the point is reached for the
 ``number``-th time), ``rank`` (null: every rank), ``mark`` (a file that proves that it came) and
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from accel_train.commands.main import train_main
-from accel_train.process.fault_points import POINTS, SILENT, Observer
+from accel_train.process.fault_points import POINTS
+from accel_train.process.work import pass_by
 
 
-class Fault(Observer):
+class Fault:
     """Comes once, at one point."""
 
     def __init__(self, point: str, mark: str, do: str, number: int = 1, rank: int | None = 0, **details: Any) -> None:
@@ -51,4 +52,4 @@ class Fault(Observer):
 
 if __name__ == "__main__":
     described = os.environ.get("FAULT")
-    sys.exit(train_main(observer=Fault(**json.loads(described)) if described else SILENT))
+    sys.exit(train_main(reached=Fault(**json.loads(described)).reached if described else pass_by))

@@ -18,14 +18,14 @@ from accel_train.tasks.walks.task import WalksTask
 _evaluate = WalksTask.evaluate
 
 
-def held(self, model, losses, should_stop):
+def held(self, model, losses, work):
     mark = os.environ.get("HOLD_MARK")
     if mark is not None:
         Path(mark).touch()
-        while not should_stop():
+        while not work.should_stop():
             time.sleep(0.05)
         raise Interrupted("the held evaluation was stopped")
-    return _evaluate(self, model, losses, should_stop)
+    return _evaluate(self, model, losses, work)
 
 
 WalksTask.evaluate = held

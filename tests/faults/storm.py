@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
 from harness import SCRIPT, TINY, command, environment, outcome, run, write_config
 
 from accel_train.checkpoints.manifest import list_checkpoints, verify
-from accel_train.runs.record import MetricsLog
+from accel_train.runs.metrics_log import MetricsLog
 
 RUN_NAME = "run"
 KEEP_LAST = 2
@@ -347,7 +347,7 @@ class Storm:
             **TINY,
             "name": RUN_NAME,
             # Never passed for want of evidence: the checkpoint of a passed gate would be kept besides the last ones.
-            "gate": {**TINY["gate"], "min_rule_checks": 1000},
+            "walks": {**TINY["walks"], "gate": {**TINY["walks"]["gate"], "min_rule_checks": 1000}},
             "training": {
                 **TINY["training"],
                 "max_epochs": epochs,

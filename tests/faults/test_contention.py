@@ -29,7 +29,7 @@ from faults import (
 from harness import descendants, kill_tree, run_dir, wait_for
 
 from accel_train.config.sections import SHARED_CORPORA
-from accel_train.process import fault_points as observer
+from accel_train.process import fault_points
 from accel_train.runs.lock import OWNER_FILE
 
 STALE_AFTER = 30
@@ -63,7 +63,7 @@ def test_of_two_launches_at_once_one_trains_and_the_other_waits_and_finds_the_re
     config, results = configured(tmp_path)
     mark = tmp_path / "paused"
     # Whoever trains stands still for long enough that the other comes to the lock meanwhile.
-    pause = fault(observer.STEP_DONE, mark, "pause", number=25, seconds=8 * world)
+    pause = fault(fault_points.STEP_DONE, mark, "pause", number=25, seconds=8 * world)
     with started(config, world, FAULT=pause) as one, started(config, world, FAULT=pause) as other:
         outputs = [process.communicate(timeout=120)[0] for process in (one, other)]
         assert [one.returncode, other.returncode] == [0, 0], outputs
@@ -83,10 +83,12 @@ def test_of_two_launches_at_once_one_trains_and_the_other_waits_and_finds_the_re
 def test_a_launch_that_may_not_wait_longer_leaves_with_75_and_names_the_owner(tmp_path: Path, world: int) -> None:
     config, results = configured(tmp_path)
     mark = tmp_path / "paused"
-    with started(config, world, FAULT=fault(observer.STEP_DONE, mark, "pause", number=25, seconds=15 * world)) as first:
+    with started(
+        config, world, FAULT=fault(fault_points.STEP_DONE, mark, "pause", number=25, seconds=15 * world)
+    ) as first:
         wait_for_mark(mark, first)
         owner = json.loads((run_dir(results) / OWNER_FILE).read_text())
-        second = train(config, world, "--training.lock_timeout", "1", expect=75)
+        second = train(config, world, "--start.lock_timeout", "1", expect=75)
         assert first.poll() is None, "the owner must still be there for the test to mean anything"
         assert f"is in use by process {owner['pid']} on host {owner['host']}" in second
         output = finish(first)
@@ -99,7 +101,7 @@ def test_a_launch_that_may_not_wait_longer_leaves_with_75_and_names_the_owner(tm
 def test_a_launch_that_waits_goes_on_when_the_one_before_is_killed(tmp_path: Path, world: int) -> None:
     config, results = configured(tmp_path)
     mark = tmp_path / "paused"
-    with started(config, world, FAULT=fault(observer.STEP_DONE, mark, "pause", number=25, seconds=60)) as first:
+    with started(config, world, FAULT=fault(fault_points.STEP_DONE, mark, "pause", number=25, seconds=60)) as first:
         wait_for_mark(mark, first)
         with started(config, world) as second:
             waiting = read_until(second, "waiting for process")
@@ -114,7 +116,7 @@ def test_a_launch_that_waits_goes_on_when_the_one_before_is_killed(tmp_path: Pat
 def test_an_immediate_rerun_is_not_held_up_by_the_data_workers_of_a_killed_run(tmp_path: Path) -> None:
     config, results = configured(tmp_path, {"training": {"num_workers": 2}})
     mark = tmp_path / "paused"
-    pause = fault(observer.STEP_DONE, mark, "pause", number=25, seconds=60)
+    pause = fault(fault_points.STEP_DONE, mark, "pause", number=25, seconds=60)
     with started(config, 0, FAULT=pause) as killed:
         wait_for_mark(mark, killed)
         workers = descendants(killed.pid)
@@ -142,7 +144,7 @@ def test_an_immediate_rerun_is_not_held_up_by_the_data_workers_of_a_killed_run(t
 def test_an_immediate_rerun_waits_for_the_ranks_of_a_killed_launcher(tmp_path: Path) -> None:
     config, results = configured(tmp_path)
     mark = tmp_path / "paused"
-    pause = fault(observer.STEP_DONE, mark, "pause", number=25, seconds=25)
+    pause = fault(fault_points.STEP_DONE, mark, "pause", number=25, seconds=25)
     with started(config, 2, FAULT=pause) as launcher:
         wait_for_mark(mark, launcher)
         ranks = ranks_of(descendants(launcher.pid))
@@ -163,7 +165,7 @@ def test_the_lock_of_the_dead_is_taken_over(tmp_path: Path, other_host: bool) ->
     """At once on this host, where the process can be looked up; elsewhere when its heartbeat has stood still."""
     config, results = configured(tmp_path)
     mark = tmp_path / "killed"
-    train(config, 0, expect=-signal.SIGKILL, FAULT=fault(observer.STEP_DONE, mark, number=25))
+    train(config, 0, expect=-signal.SIGKILL, FAULT=fault(fault_points.STEP_DONE, mark, number=25))
     assert mark.exists()
     owner_file = run_dir(results) / OWNER_FILE
     owner = json.loads(owner_file.read_text())
@@ -195,7 +197,7 @@ def test_a_corpus_whose_builder_is_killed_is_built_by_the_run_that_waits_for_it(
         configured(tmp_path, {"name": name, "output_dir": str(shared)}, results=name)[0] for name in ("one", "two")
     )
     mark = tmp_path / "building"
-    pause = fault(observer.CORPUS_BEGUN, mark, "pause", seconds=60)
+    pause = fault(fault_points.CORPUS_BEGUN, mark, "pause", seconds=60)
     with started(one, world, FAULT=pause) as builder:
         wait_for_mark(mark, builder)
         torn = list((shared / SHARED_CORPORA).glob(".tmp-*"))

@@ -9,46 +9,49 @@ from faults import EVERY, check_finished_like, check_intact, configured, fault, 
 from harness import record, run_dir
 
 from accel_train.checkpoints.manifest import list_checkpoints
-from accel_train.process import fault_points as observer
+from accel_train.process import fault_points
 
 # How often the point is passed before the kill, so that checkpoints exist by then.
 LATER = {
-    observer.STEP_DONE: 25,
-    observer.EVALUATION_BEGUN: 2,
-    observer.SAVE_BEGUN: 9,
-    observer.SAVE_HALF_WRITTEN: 9,
-    observer.SAVE_WRITTEN: 9,
-    observer.COMMIT_BEGUN: 9,
-    observer.COMMIT_SEALED: 9,
-    observer.COMMIT_RENAMED: 9,
-    observer.ROTATION_RENAMED: 5,
-    observer.RECORD_WRITTEN_ASIDE: 3,
+    fault_points.STEP_DONE: 25,
+    fault_points.EVALUATION_BEGUN: 2,
+    fault_points.SAVE_BEGUN: 9,
+    fault_points.SAVE_HALF_WRITTEN: 9,
+    fault_points.SAVE_WRITTEN: 9,
+    fault_points.COMMIT_BEGUN: 9,
+    fault_points.COMMIT_SEALED: 9,
+    fault_points.COMMIT_RENAMED: 9,
+    fault_points.ROTATION_RENAMED: 5,
+    fault_points.RECORD_WRITTEN_ASIDE: 3,
 }
 CASES = [
     # point, number, rank, processes (0: one, without a launcher)
     *[(point, number, 0, 0) for point, number in LATER.items()],
     *[(point, number, 0, 2) for point, number in LATER.items()],
-    *[(point, 1, 0, world) for point in (observer.CORPUS_BEGUN, observer.CORPUS_BUILT) for world in (0, 2)],
+    *[(point, 1, 0, world) for point in (fault_points.CORPUS_BEGUN, fault_points.CORPUS_BUILT) for world in (0, 2)],
     # Before the first checkpoint ever.
     *[
         (point, 1, 0, 2)
-        for point in (observer.SAVE_HALF_WRITTEN, observer.COMMIT_SEALED, observer.RECORD_WRITTEN_ASIDE)
+        for point in (fault_points.SAVE_HALF_WRITTEN, fault_points.COMMIT_SEALED, fault_points.RECORD_WRITTEN_ASIDE)
     ],
-    *[(point, LATER[point], 1, 2) for point in (observer.STEP_DONE, observer.SAVE_BEGUN, observer.SAVE_WRITTEN)],
-    *[(point, LATER[point], 2, 3) for point in (observer.STEP_DONE, observer.SAVE_WRITTEN)],
-    *[(point, LATER[point], 0, 3) for point in (observer.EVALUATION_BEGUN, observer.COMMIT_SEALED)],
+    *[
+        (point, LATER[point], 1, 2)
+        for point in (fault_points.STEP_DONE, fault_points.SAVE_BEGUN, fault_points.SAVE_WRITTEN)
+    ],
+    *[(point, LATER[point], 2, 3) for point in (fault_points.STEP_DONE, fault_points.SAVE_WRITTEN)],
+    *[(point, LATER[point], 0, 3) for point in (fault_points.EVALUATION_BEGUN, fault_points.COMMIT_SEALED)],
 ]
 FRESH = {
-    (observer.STEP_DONE, 25, 0, 2),
-    (observer.EVALUATION_BEGUN, 2, 0, 2),
-    (observer.COMMIT_SEALED, 9, 0, 2),
-    (observer.ROTATION_RENAMED, 5, 0, 2),
-    (observer.RECORD_WRITTEN_ASIDE, 3, 0, 2),
-    (observer.CORPUS_BEGUN, 1, 0, 2),
-    (observer.SAVE_WRITTEN, 9, 1, 2),
+    (fault_points.STEP_DONE, 25, 0, 2),
+    (fault_points.EVALUATION_BEGUN, 2, 0, 2),
+    (fault_points.COMMIT_SEALED, 9, 0, 2),
+    (fault_points.ROTATION_RENAMED, 5, 0, 2),
+    (fault_points.RECORD_WRITTEN_ASIDE, 3, 0, 2),
+    (fault_points.CORPUS_BEGUN, 1, 0, 2),
+    (fault_points.SAVE_WRITTEN, 9, 1, 2),
 }
 """These are killed under a launcher; the rest is forked from a warm process."""
-QUICK = {(observer.SAVE_HALF_WRITTEN, 9, 0, 0), (observer.COMMIT_SEALED, 9, 0, 2)}
+QUICK = {(fault_points.SAVE_HALF_WRITTEN, 9, 0, 0), (fault_points.COMMIT_SEALED, 9, 0, 2)}
 
 
 @pytest.mark.parametrize(
@@ -80,5 +83,5 @@ def test_a_run_killed_at_any_point_ends_with_the_same_bits(
     resumes = record(results)["provenance"]["resumes"]
     if before:
         assert resumes[0]["step"] == before[-1][0], "the newest committed checkpoint is where it goes on"
-    if point == observer.STEP_DONE:
+    if point == fault_points.STEP_DONE:
         assert number - resumes[0]["step"] <= 2 * EVERY, "more work lost than the saves in flight"

@@ -8,7 +8,7 @@ import pytest
 from faults import check_intact, configured, fault, slow, train, undisturbed
 from harness import TINY, metrics, outcome, record, run_dir
 
-from accel_train.process import fault_points as observer
+from accel_train.process import fault_points
 
 TOLERANCE = 1e-4
 """Nats: other slices of a batch are summed in another order."""
@@ -22,7 +22,7 @@ def train_on(worlds: tuple[int, ...], directory: Path, *layers: dict) -> Path:
     config, results = configured(directory, *layers)
     for number, world in enumerate(worlds[:-1]):
         mark = directory / f"killed-{number}"
-        train(config, world, expect=None, FAULT=fault(observer.STEP_DONE, mark, number=STEPS_PER_LAUNCH))
+        train(config, world, expect=None, FAULT=fault(fault_points.STEP_DONE, mark, number=STEPS_PER_LAUNCH))
         assert mark.exists()
         check_intact(results)
     train(config, worlds[-1])
@@ -86,7 +86,7 @@ def test_with_dropout_new_ranks_derive_their_random_states_and_say_so(tmp_path: 
 def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused_and_nothing_is_touched(tmp_path: Path) -> None:
     config, results = configured(tmp_path, {"training": {"batch_size": 10}})
     mark = tmp_path / "killed"
-    train(config, 2, expect=None, FAULT=fault(observer.STEP_DONE, mark, number=STEPS_PER_LAUNCH))
+    train(config, 2, expect=None, FAULT=fault(fault_points.STEP_DONE, mark, number=STEPS_PER_LAUNCH))
     assert mark.exists()
     before = (run_dir(results) / "result.json").read_bytes()
     output = train(config, 3, expect=2)

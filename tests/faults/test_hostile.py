@@ -17,8 +17,9 @@ import torch
 from faults import accel_train, check_finished_like, complaint, slow, train, undisturbed
 from harness import Shown, checkpoints, run_dir
 
-from accel_train.checkpoints.manifest import MANIFEST, read_manifest, verify, write_manifest
-from accel_train.files.atomic import sha256_file
+from accel_train.checkpoints.manifest import read_manifest, verify, write_manifest
+from accel_train.files.sealed import read_seal, seal
+from accel_train.files.shared import INDEX_FILE
 
 PICKLE_REFUSED = "holds a pickle with more than plain values: not loaded, not run"
 OTHER: dict[str, Any] = {"training": {"learning_rate": 0.001}, "name": "run"}
@@ -58,18 +59,11 @@ def as_nonsense(file: Path, created: Path) -> None:
 
 def reseal(checkpoint: Path, **changes: Any) -> None:
     """Make the manifest of ``checkpoint`` vouch for what is there now."""
-    header = read_manifest(checkpoint) | changes
-    del header["files"]
-    (checkpoint / MANIFEST).unlink()
-    write_manifest(checkpoint, {"format_version": 1, **header})
+    write_manifest(checkpoint, read_manifest(checkpoint) | changes)
 
 
 def reseal_corpus(corpus: Path) -> None:
-    index = json.loads((corpus / "index.json").read_text())
-    for name in index["files"]:
-        file = corpus / name
-        index["files"][name] = {"size": file.stat().st_size, "sha256": sha256_file(file)}
-    (corpus / "index.json").write_text(json.dumps(index))
+    seal(corpus, INDEX_FILE, read_seal(corpus, INDEX_FILE, 1))
 
 
 def committed(results: Path) -> dict[str, bytes]:
@@ -218,7 +212,7 @@ def test_a_run_does_not_start_from_it(tmp_path: Path, killed_run, name: str, cod
     in_checkpoint(results, name, as_torch_file, tmp_path / "created")
     source, elsewhere = checkpoints(results)[-1], tmp_path / "new"
 
-    output = train(config, 0, "--training.init_from", str(source), "--output_dir", str(elsewhere), expect=code)
+    output = train(config, 0, "--start.weights", str(source), "--output_dir", str(elsewhere), expect=code)
 
     assert says in complaint(output)
     assert not (tmp_path / "created").exists()
@@ -234,7 +228,7 @@ def test_a_checkpoint_that_is_not_for_this_run_is_refused_and_left_alone(
     newest = checkpoints(results)[-1]
     if foreign == "a newer format":
         reseal(newest, format_version=2)
-        says = [str(newest), "has checkpoint format 2", "reads up to 1"]
+        says = [str(newest), "has format 2", "reads up to 1"]
     else:
         _, others = killed_run(0, tmp_path / "other", OTHER)
         other = checkpoints(others)[-1]

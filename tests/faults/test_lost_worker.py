@@ -29,7 +29,7 @@ from faults import (
 )
 from harness import command, descendants, environment, kill_tree, record, run_dir, wait_for
 
-from accel_train.process import fault_points as observer
+from accel_train.process import fault_points
 
 TIMEOUT = 8
 GRACE = 10
@@ -38,10 +38,10 @@ NO_ORPHAN_AFTER = 10
 
 # Where the run stands still when the worker dies: (point, number, rank; None: the victim itself).
 SCENES = {
-    "training": (observer.STEP_DONE, 25, None),
-    "evaluation": (observer.EVALUATION_BEGUN, 2, 0),
-    "commit": (observer.COMMIT_BEGUN, 9, 0),
-    "corpus": (observer.CORPUS_BEGUN, 1, 0),
+    "training": (fault_points.STEP_DONE, 25, None),
+    "evaluation": (fault_points.EVALUATION_BEGUN, 2, 0),
+    "commit": (fault_points.COMMIT_BEGUN, 9, 0),
+    "corpus": (fault_points.CORPUS_BEGUN, 1, 0),
 }
 CASES = [
     *[(scene, victim, 2, False) for scene in SCENES for victim in (0, 1)],
@@ -170,7 +170,7 @@ def test_orphans_that_another_process_than_1_adopts_are_orphans_too(tmp_path: Pa
     mark = tmp_path / "paused"
     process = subprocess.Popen(
         [sys.executable, "-c", ADOPTING, *command(config, world, script=SCRIPT)],
-        env=environment(FAULT=fault(observer.STEP_DONE, mark, "pause", number=25, seconds=2)),
+        env=environment(FAULT=fault(fault_points.STEP_DONE, mark, "pause", number=25, seconds=2)),
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,

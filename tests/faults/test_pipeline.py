@@ -16,22 +16,22 @@ from harness import ROOT, checkpoints, environment, record, wait_for
 from texts import signalled_in_training, tiny_text
 from web import Web, gives, stalls
 
-from accel_train.process import fault_points as observer
+from accel_train.process import fault_points
 
 SCRIPT = Path(__file__).with_name("faulty_pipeline.py")
 CORPUS, TOKENIZER, TOKENS = 1, 2, 3
 CASES = [
-    (observer.CORPUS_BEGUN, CORPUS),
-    *[(observer.CORPUS_BUILT, number) for number in (CORPUS, TOKENIZER, TOKENS)],
-    (observer.STEP_DONE, 70),
-    (observer.EVALUATION_BEGUN, 2),
-    (observer.COMMIT_SEALED, 3),
-    (observer.RECORD_WRITTEN_ASIDE, 2),
-    (observer.CONCLUSION_BEGUN, 1),
-    (observer.REPORT_BEGUN, 1),
-    (observer.REPORT_BEGUN, 4),
+    (fault_points.CORPUS_BEGUN, CORPUS),
+    *[(fault_points.CORPUS_BUILT, number) for number in (CORPUS, TOKENIZER, TOKENS)],
+    (fault_points.STEP_DONE, 70),
+    (fault_points.EVALUATION_BEGUN, 2),
+    (fault_points.COMMIT_SEALED, 3),
+    (fault_points.RECORD_WRITTEN_ASIDE, 2),
+    (fault_points.CONCLUSION_BEGUN, 1),
+    (fault_points.REPORT_BEGUN, 1),
+    (fault_points.REPORT_BEGUN, 4),
 ]
-QUICK = (observer.CONCLUSION_BEGUN, 1)
+QUICK = (fault_points.CONCLUSION_BEGUN, 1)
 
 
 def pipeline(directory: Path, *options: object, out: Path | None = None, expect: int | None = 0, **env: str) -> str:
@@ -91,10 +91,10 @@ def test_a_pipeline_killed_in_any_phase_ends_with_the_same_bits(
 @pytest.mark.parametrize(
     ("point", "number"),
     [
-        (observer.CORPUS_BEGUN, CORPUS),
-        (observer.CORPUS_BEGUN, TOKENIZER),
-        (observer.CORPUS_BEGUN, TOKENS),
-        (observer.CONCLUSION_BEGUN, 1),
+        (fault_points.CORPUS_BEGUN, CORPUS),
+        (fault_points.CORPUS_BEGUN, TOKENIZER),
+        (fault_points.CORPUS_BEGUN, TOKENS),
+        (fault_points.CONCLUSION_BEGUN, 1),
     ],
 )
 def test_a_pipeline_that_is_told_to_stop_in_any_phase_leaves_with_75_and_goes_on(
@@ -137,10 +137,10 @@ def test_a_pipeline_killed_in_a_download_ends_with_the_same_bits(
 @pytest.mark.parametrize(
     ("point", "number", "code"),
     [
-        (observer.CORPUS_BEGUN, CORPUS, 2),
-        (observer.CORPUS_BEGUN, TOKENIZER, 3),
-        (observer.SAVE_BEGUN, 3, 4),
-        (observer.REPORT_BEGUN, 1, 5),
+        (fault_points.CORPUS_BEGUN, CORPUS, 2),
+        (fault_points.CORPUS_BEGUN, TOKENIZER, 3),
+        (fault_points.SAVE_BEGUN, 3, 4),
+        (fault_points.REPORT_BEGUN, 1, 5),
     ],
 )
 def test_a_disk_that_becomes_full_in_any_phase(
@@ -166,7 +166,7 @@ def test_another_corpus_than_that_of_the_checkpoint_is_refused(tmp_path: Path) -
     text = "".join(f"The {number} sheep went home over the hill, and nobody saw them.\n" for number in range(1500))
     corpus.write_text(text)
     options = ["--corpus-path", corpus, "--vocab-size", 300]
-    pipeline(tmp_path, *options, expect=None, FAULT=fault(observer.STEP_DONE, mark, number=70))
+    pipeline(tmp_path, *options, expect=None, FAULT=fault(fault_points.STEP_DONE, mark, number=70))
     assert mark.exists()
     saved = json.loads((checkpoints(out)[-1] / "state.json").read_text())["data"]
 

@@ -27,8 +27,8 @@ from faults import train as launch_and_wait
 from harness import ROOT, kill_tree, record, run_dir, wait_for
 
 from accel_train.checkpoints.manifest import list_checkpoints
-from accel_train.process import fault_points as observer
-from accel_train.runs.record import STATUS_CODES, run_status
+from accel_train.process import fault_points
+from accel_train.runs.listing import STATUS_CODES, run_status
 
 TERM, USR1, USR2, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT
 SIGNALS = (TERM, USR1, USR2, INT)
@@ -36,11 +36,11 @@ SECONDS_TO_LEAVE = 10
 PAUSE = 1.0
 # Where the signal arrives: the point at which the run is held, and the how-manieth time.
 PHASES = {
-    "training": (observer.STEP_DONE, 25),
-    "evaluation": (observer.EVALUATION_BEGUN, 2),
-    "saving": (observer.SAVE_HALF_WRITTEN, 9),
-    "committing": (observer.COMMIT_SEALED, 9),
-    "corpus building": (observer.CORPUS_BEGUN, 1),
+    "training": (fault_points.STEP_DONE, 25),
+    "evaluation": (fault_points.EVALUATION_BEGUN, 2),
+    "saving": (fault_points.SAVE_HALF_WRITTEN, 9),
+    "committing": (fault_points.COMMIT_SEALED, 9),
+    "corpus building": (fault_points.CORPUS_BEGUN, 1),
 }
 LATER_PHASES = [phase for phase in PHASES if phase != "training"]
 
@@ -233,9 +233,9 @@ def test_the_quick_run_on_two_processes_is_gone_within_ten_seconds(tmp_path: Pat
     """The example as it is: its evaluation generates 1000 sequences twice, on the main process alone."""
     results, mark = tmp_path / "results", tmp_path / "there"
     point = {
-        "training": observer.STEP_DONE,
-        "evaluation": observer.EVALUATION_BEGUN,
-        "committing": observer.COMMIT_BEGUN,
+        "training": fault_points.STEP_DONE,
+        "evaluation": fault_points.EVALUATION_BEGUN,
+        "committing": fault_points.COMMIT_BEGUN,
     }
     quick = ROOT / "examples" / "walks_quick.yaml"
     here = fault(point[phase], mark, "pause", seconds=0.1)

@@ -25,12 +25,15 @@ SCRIPT = ROOT / "scripts" / "train.py"
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_config.yaml")]
 
 TINY: dict[str, Any] = {
-    "graph": {"n": 20, "K": 2, "p_in": 0.6, "p_out": 0.3},
-    "rules": {"jumpers_per_block": 1, "jump_lengths": [2, 3]},
-    "walks": {"num_walks": 244, "walk_length": 17},
+    "walks": {
+        "num_walks": 244,
+        "walk_length": 17,
+        "graph": {"n": 20, "K": 2, "p_in": 0.6, "p_out": 0.3},
+        "rules": {"jumpers_per_block": 1, "jump_lengths": [2, 3]},
+        "gate": {"num_sequences": 40, "prompt_length": 4, "min_rule_checks": 10, "stop_on_pass": False},
+    },
     "model": {"d_model": 16, "n_layers": 2, "n_heads": 2, "max_seq_len": 16, "dropout": 0.2},
     "training": {"batch_size": 12, "learning_rate": 0.003, "max_epochs": 3, "log_interval": 4, "timeout_seconds": 60},
-    "gate": {"num_sequences": 40, "prompt_length": 4, "min_rule_checks": 10, "stop_on_pass": False},
     "checkpoint": {"every_steps": 3, "keep_last": 2},
 }
 """20 steps an epoch, 60 in all; never stopped by its gate."""

@@ -29,10 +29,13 @@ WRONG_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
         "training.learning_rte: 0.1 is not a field .*did you mean training.learning_rate",
     ),
     "wrong type": ({"training": {"learning_rate": "fast"}}, "training.learning_rate: 'fast' must be a number"),
-    "n not divisible by K": ({"graph": {"n": 21}}, "graph.n: 21 is not divisible by graph.K = 2; choose a multiple"),
+    "n not divisible by K": (
+        {"walks": {"graph": {"n": 21}}},
+        "walks.graph.n: 21 is not divisible by walks.graph.K = 2; choose a multiple",
+    ),
     "jump longer than the context": (
-        {"rules": {"jump_lengths": [2, 17]}, "gate": {"unscorable_rules": "error"}},
-        r"rules.jump_lengths: 17 is a jump longer than the context \(model.max_seq_len = 16\).*shorten the jump",
+        {"walks": {"rules": {"jump_lengths": [2, 17]}, "gate": {"unscorable_rules": "error"}}},
+        r"walks.rules.jump_lengths: 17 is a jump longer than the context \(model.max_seq_len = 16\).*shorten the jump",
     ),
     "batch not divisible by accumulation": (
         {"training": {"gradient_accumulation_steps": 5}},
@@ -51,12 +54,13 @@ WRONG_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
         r"walks.walk_length: 16 is shorter than model.max_seq_len \+ 1 = 17; use longer walks",
     ),
     "graph that cannot be connected": (
-        {"graph": {"p_in": 0.001, "p_out": 0.002}},
-        "graph.p_in: 0.001 with graph.p_out = 0.002 gave no strongly connected graph .*raise graph.p_in or graph.p_out",
+        {"walks": {"graph": {"p_in": 0.001, "p_out": 0.002}}},
+        "walks.graph.p_in: 0.001 with walks.graph.p_out = 0.002 gave no strongly connected graph "
+        ".*raise walks.graph.p_in or walks.graph.p_out",
     ),
     "gate that cannot be passed": (
-        {"gate": {"rule_threshold": 1.0}},
-        "gate.rule_threshold: 1.0 can never be exceeded; choose a value below 1",
+        {"walks": {"gate": {"rule_threshold": 1.0}}},
+        "walks.gate.rule_threshold: 1.0 can never be exceeded; choose a value below 1",
     ),
     "unknown hook": (
         {"hooks": {"update": ["nosuch"]}},
@@ -66,9 +70,9 @@ WRONG_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
         {"hooks": {"forward": ["no_such_package:factory"]}},
         "hooks.forward: 'no_such_package:factory' cannot be imported: .*is it installed or on PYTHONPATH",
     ),
-    "init_from that leads nowhere": (
-        {"training": {"init_from": "/nowhere"}},
-        "training.init_from: '/nowhere' is not a directory; name a ",
+    "weights that lead nowhere": (
+        {"start": {"weights": "/nowhere"}},
+        "start.weights: '/nowhere' is not a directory; name a ",
     ),
 }
 
@@ -104,10 +108,10 @@ def test_weights_of_another_shape_are_refused_before_anything_is_written(tmp_pat
     short = {"training": {"max_steps": 1}, "checkpoint": {"every_steps": None}}
     assert here("train", "--config", write_config(tmp_path / "c.yaml", TINY, short), "--output_dir", source).code == 0
     wider = write_config(tmp_path / "d.yaml", TINY, short, {"model": {"d_model": 32}})
-    shown = here("train", "--config", wider, "--output_dir", results, "--training.init_from", run_dir(source))
+    shown = here("train", "--config", wider, "--output_dir", results, "--start.weights", run_dir(source))
     assert (shown.code, shown.out) == (2, "")
     assert shown.err.count("\n") == 1
-    assert re.search(r"training.init_from: '.*' does not fit this model; make the model sections agree", shown.err)
+    assert re.search(r"start.weights: '.*' does not fit this model; make the model sections agree", shown.err)
     assert len(shown.err) < 1000, "the line is for people"
     assert not results.exists()
 
@@ -172,9 +176,9 @@ def slow_rank_0(tmp_path_factory: pytest.TempPathFactory) -> str:
             "training.batch_size: 13 is not divisible by 2 processes x 1 accumulation steps; choose a multiple of 2",
         ),
         (
-            {"graph": {"p_in": 0.001, "p_out": 0.001}},  # found by rank 0 alone
+            {"walks": {"graph": {"p_in": 0.001, "p_out": 0.001}}},  # found by rank 0 alone
             {},
-            "graph.p_in: 0.001 with graph.p_out = 0.001 gave no strongly connected graph",
+            "walks.graph.p_in: 0.001 with walks.graph.p_out = 0.001 gave no strongly connected graph",
         ),
         pytest.param(
             {},
@@ -205,7 +209,7 @@ def test_a_run_directory_in_use_names_the_process_that_uses_it(tmp_path: Path, h
     try:
         wait_for(lambda: process.poll() is not None or _logged(results), "the first steps")
         before = (run_dir(results) / "config.yaml").read_bytes()
-        shown = here("train", "--config", config, "--training.lock_timeout", 0.2)
+        shown = here("train", "--config", config, "--start.lock_timeout", 0.2)
         assert shown.code == 75
         assert "waiting for process" in shown.lines("lock")[0]
         assert shown.err.count("\n") == 1

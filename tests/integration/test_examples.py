@@ -9,28 +9,27 @@ import numpy as np
 import pytest
 from harness import ROOT, record, run, run_dir, write_config
 
-from accel_train.commands.main import parse_config
-from accel_train.config.sections import to_dict
-from accel_train.runs.record import load_schema, load_sufficient_runs
+from accel_train.config.fields import to_dict
+from accel_train.config.parse import parse_config
+from accel_train.process.work import SILENT
+from accel_train.runs.listing import load_sufficient_runs
+from accel_train.runs.record import record_schema as load_schema
+from accel_train.tasks.registry import config_class
 from accel_train.tasks.walks.compliance import score
 from accel_train.tasks.walks.task import WalksTask
 
 EXAMPLES = sorted((ROOT / "examples").glob("walks_*.yaml"))
 
 
-def silent(_phase: str, _what: str) -> None:
-    pass
-
-
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_the_whole_corpus_obeys_every_rule(tmp_path: Path, example: Path) -> None:
-    config, _ = parse_config(["--config", str(example)])
+    config, _ = parse_config(["--config", str(example)], config_class)
     task = WalksTask(config)
-    task.check(silent, lambda: False)
-    artifacts = Path(task.build(tmp_path, silent, lambda: False))
+    task.check(SILENT)
+    artifacts = Path(task.build(tmp_path, SILENT))
     walks = np.load(artifacts / "train.npy", mmap_mode="r")
     assert walks.shape == (config.walks.num_walks, config.walks.walk_length)
-    found = score(walks, task.graph, task.rules)
+    found = score(walks, task.corpus.graph, task.corpus.rules)
     assert found.edge_checks == walks.shape[0] * (walks.shape[1] - 1)
     assert found.edge_compliance == 1.0
     assert found.rule_compliance == 1.0
@@ -38,12 +37,11 @@ def test_the_whole_corpus_obeys_every_rule(tmp_path: Path, example: Path) -> Non
 
 
 def test_the_anchor_run_runs_when_shortened(tmp_path: Path, here) -> None:
-    config, _ = parse_config(["--config", str(ROOT / "examples" / "walks_anchor.yaml")])
+    config, _ = parse_config(["--config", str(ROOT / "examples" / "walks_anchor.yaml")], config_class)
     shorter = {
         "output_dir": str(tmp_path / "out"),
-        "walks": {"num_walks": 2000},
+        "walks": {"num_walks": 2000, "gate": {"num_sequences": 8, "min_rule_checks": 1}},
         "training": {"max_steps": 2, "batch_size": 4},
-        "gate": {"num_sequences": 8, "min_rule_checks": 1},
     }
     shown = here("train", "--config", write_config(tmp_path / "short.yaml", to_dict(config), shorter))
     assert shown.code == 0, shown.err

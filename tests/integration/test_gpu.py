@@ -17,13 +17,13 @@ import yaml
 from harness import ACCELERATE, ROOT, TINY, outcome, record, write_config
 
 from accel_train.config.sections import ModelConfig, TrainingConfig
-from accel_train.data.on_device import resident
-from accel_train.data.windows import WalkDataset
+from accel_train.data.on_device import copy_to_device
 from accel_train.errors import NonFinite
 from accel_train.model import generation
 from accel_train.model.cuda_graph import capture as record_graph
 from accel_train.model.generation import generate
 from accel_train.model.transformer import TransformerLM
+from accel_train.tasks.walks.dataset import WalkDataset
 from accel_train.training.callbacks import Callback
 from accel_train.training.losses import next_token_cross_entropy
 from accel_train.training.trainer import Trainer
@@ -133,7 +133,7 @@ RUN = """
 import hashlib, os, signal, sys
 import numpy as np, torch
 from accel_train.config.sections import CheckpointConfig, ModelConfig, TrainingConfig
-from accel_train.data.windows import WalkDataset
+from accel_train.tasks.walks.dataset import WalkDataset
 from accel_train.model.transformer import TransformerLM
 from accel_train.training.callbacks import Callback
 from accel_train.training.trainer import Trainer
@@ -198,7 +198,7 @@ def test_a_loss_that_asks_the_device_is_not_recorded_and_trains_all_the_same(cap
 
 def test_batches_from_a_stream_on_the_device_are_those_of_the_file() -> None:
     walks = dataset()
-    copy = resident(walks, torch.device("cuda"))
+    copy = copy_to_device(walks, torch.device("cuda"))
     assert copy is not None
     ids = np.random.default_rng(0).permutation(len(walks))
     for ours, theirs in zip(copy.__getitems__(ids), walks.__getitems__(ids), strict=True):

@@ -21,9 +21,8 @@ BF16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
 
 WIDE: dict[str, Any] = {
     "model": {"d_model": 96, "n_heads": 6, "max_seq_len": 64},
-    "walks": {"num_walks": 488, "walk_length": 65},
+    "walks": {"num_walks": 488, "walk_length": 65, "gate": {"num_sequences": 300}},
     "training": {"batch_size": 24},
-    "gate": {"num_sequences": 300},
 }
 """As many steps, and tensors so large that GELU and attention take the ways that pay from some size on."""
 COMPILED = {"ACCELERATE_DYNAMO_BACKEND": "inductor"}
@@ -65,10 +64,10 @@ def test_sigkill_changes_no_bit(tmp_path: Path, mode: dict, world: int, environm
 def test_wide_is_wide_enough() -> None:
     model = ModelConfig(**{**TINY["model"], **WIDE["model"]})
     batch, context = WIDE["training"]["batch_size"] // 2, model.max_seq_len
-    assert batch * context * model.feed_forward_width >= gelu._WORTH_IT
+    assert batch * context * model.feed_forward_width >= gelu._MIN_ELEMENTS
     packed = torch.zeros(batch, context, 3, model.n_heads, model.d_model // model.n_heads, requires_grad=True)
-    assert attention.keeping_weights_pays(packed)
-    assert WIDE["gate"]["num_sequences"] * model.n_heads >= transformer._MANY_SINGLE_QUERIES
+    assert attention.should_store_weights(packed)
+    assert WIDE["walks"]["gate"]["num_sequences"] * model.n_heads >= transformer._MANY_SINGLE_QUERIES
 
 
 def test_the_mode_was_in_force(tmp_path: Path) -> None:

@@ -24,6 +24,6 @@ def test_a_wheel_holds_the_examples_and_the_schemas(tmp_path: Path) -> None:
     (wheel,) = (source / "out").glob("*.whl")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith(".py")}
     expected = {f"accel_train/examples/{path.name}" for path in (ROOT / "examples").glob("*.yaml")}
-    expected |= {f"accel_train/{path.name}" for path in (ROOT / "accel_train").glob("*.json")}
-    assert len(expected) >= 9
+    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "accel_train").rglob("*.json")}
+    assert len(expected) >= 8
     assert held >= expected | {"accel_train/py.typed"}

@@ -26,9 +26,12 @@ from web import Web, fails, gives, redirects, stalls, truncates
 
 from accel_train.files.atomic import sha256_file
 from accel_train.pipeline import prerequisites
+from accel_train.pipeline.command import main as pipeline_main
+from accel_train.pipeline.options import parse_options
 from accel_train.pipeline.reports import load_metrics_schema
-from accel_train.pipeline.run import _parser, _Pipeline, pipeline_main
-from accel_train.runs.record import load_schema
+from accel_train.pipeline.run import Pipeline
+from accel_train.process.work import pass_by
+from accel_train.runs.record import record_schema as load_schema
 from accel_train.tasks.text.builtin import builtin_text
 
 SPANISH = (
@@ -169,7 +172,7 @@ def test_resume_goes_on_with_the_options_of_the_last_call(finished: tuple[Path, 
 def changed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Shown]:
     """``(output directory, what a terminal showed)`` of a pipeline with every option, its corpus fetched."""
     directory = tmp_path_factory.mktemp("changed")
-    config, out = tiny_text(directory, {"gate": {"val_loss_threshold": None}}), directory / "out"
+    config, out = tiny_text(directory, {"text": {"gate": {"val_loss_threshold": None}}}), directory / "out"
     options = ["--vocab-size", 300, "--epochs", 1, "--batch-size", 8, "--learning-rate", 0.02, "--max-seq-length", 16]
     options += ["--seed", 7, "--tokenizer", "unigram", "--config", config, "--output-dir", out]
     with Web(gives("".join(builtin_text(60_000, 0)).encode())) as web:
@@ -234,7 +237,7 @@ def test_a_finished_run_is_judged_again_with_the_same_figures(finished: tuple[Pa
 def test_a_corpus_that_was_changed_since_is_not_taken_for_the_one_that_was_learned(tmp_path: Path) -> None:
     corpus, out = tmp_path / "mine.txt", tmp_path / "out"
     corpus.write_bytes(SPANISH)
-    config = tiny_text(tmp_path, {"training": {"max_epochs": 1}, "gate": {"val_loss_threshold": None}})
+    config = tiny_text(tmp_path, {"training": {"max_epochs": 1}, "text": {"gate": {"val_loss_threshold": None}}})
     options = ["--config", config, "--output-dir", out, "--corpus-path", corpus, "--vocab-size", 300]
     assert pipeline(*options).code == 0
     before = checkpoints(out)[-1] / "state.json"
@@ -297,7 +300,7 @@ def test_options_that_cannot_be_read_are_nothing_to_resume(
 def test_it_works_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without an installed package: the model is used by another process, which has to find it too."""
     monkeypatch.chdir(tmp_path)
-    config = tiny_text(tmp_path, {"training": {"max_epochs": 1}, "gate": {"val_loss_threshold": None}})
+    config = tiny_text(tmp_path, {"training": {"max_epochs": 1}, "text": {"gate": {"val_loss_threshold": None}}})
     shown = pipeline("--config", config.name, "--output-dir", "out", PYTHONPATH=None)
     assert shown.code == 0, shown.out + shown.err
     assert "passed     rss_mb" in shown.out
@@ -421,9 +424,9 @@ def test_a_finished_run_needs_no_room(finished: tuple[Path, Path, Shown], tmp_pa
 
 def test_pipelines_may_share_an_output_directory(tmp_path: Path) -> None:
     """Files that both write: a writer must not take the other's temporary file away."""
-    both = [_Pipeline(_parser().parse_args(["--output-dir", str(tmp_path)]), None) for _ in range(2)]
+    both = [Pipeline(parse_options(["--output-dir", str(tmp_path)]), pass_by, 0.0) for _ in range(2)]
 
-    def write(pipeline: _Pipeline) -> None:
+    def write(pipeline: Pipeline) -> None:
         for _ in range(200):
             pipeline._keep_options()
 
@@ -583,7 +586,7 @@ def test_what_is_damaged_is_not_there(
     options = ["--config", config, "--output-dir", out, "--skip-corpus", "--skip-tokenizer"]
     shown = here_pipeline(capsys, *options)
     assert shown.code == code
-    assert f"({path.parent} is damaged: {path.name} does not have the recorded size and SHA-256)" in complaint(shown)
+    assert f"({path.parent} is damaged: {path.name} does not match its SHA-256)" in complaint(shown)
 
 
 def test_a_batch_that_is_larger_than_the_corpus_is_to_blame(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -660,7 +663,7 @@ def test_a_launcher_that_starts_nothing(finished: tuple[Path, Path, Shown], tmp_
 
 
 def test_a_model_that_misses_a_criterion(tmp_path: Path) -> None:
-    config = tiny_text(tmp_path, {"gate": {"val_loss_threshold": 0.5}, "training": {"max_epochs": 1}})
+    config = tiny_text(tmp_path, {"text": {"gate": {"val_loss_threshold": 0.5}}, "training": {"max_epochs": 1}})
     shown = pipeline("--config", config, "--output-dir", tmp_path / "out")
     assert shown.code == 5, shown.out + shown.err
     assert "the model does not pass: val_loss is" in complaint(shown)

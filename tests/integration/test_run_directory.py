@@ -18,16 +18,19 @@ from harness import ROOT, TINY, Shown, checkpoints, command, environment, metric
 
 from accel_train.checkpoints.manifest import read_manifest, verify
 from accel_train.config.sections import TrainingConfig
-from accel_train.data.windows import WalkDataset
 from accel_train.errors import PeerFailed
-from accel_train.runs.record import load_schema, load_sufficient_runs
-from accel_train.runs.use import load_model
+from accel_train.process.work import SILENT
+from accel_train.runs.listing import load_sufficient_runs
+from accel_train.runs.record import record_schema as load_schema
+from accel_train.runs.use import find_run, load_model
+from accel_train.tasks.registry import build_task
+from accel_train.tasks.walks.dataset import WalkDataset
 from accel_train.training.losses import next_token_cross_entropy
 from accel_train.training.plan import Plan
 from accel_train.training.trainer import Trainer
 
 QUICK: dict[str, Any] = {"training": {"max_epochs": 2}, "checkpoint": {"every_steps": None}}
-LENIENT: dict[str, Any] = {"gate": {"edge_threshold": 0.0, "rule_threshold": 0.0, "min_rule_checks": 0}}
+LENIENT: dict[str, Any] = {"walks": {"gate": {"edge_threshold": 0.0, "rule_threshold": 0.0, "min_rule_checks": 0}}}
 POLITE: dict[str, Any] = {"hooks": {"update": ["killing:politely"]}}
 
 
@@ -248,16 +251,17 @@ def test_a_new_run_starts_from_the_weights_of_another(train, results: Path, tmp_
     assert train(no_dropout).code == 0
     source = run_dir(results)
     trained = checkpoints(results)[-1]
-    model, task, step = load_model(source)
-    assert step == 20
+    model, task = load_model(source), build_task(find_run(source).config)
+    assert find_run(source).step == 20
+    task.open(task.build(results / "corpora", SILENT))
 
-    assert train(no_dropout, results=tmp_path / "new", options=["--training.init_from", source]).code == 0
+    assert train(no_dropout, results=tmp_path / "new", options=["--start.weights", source]).code == 0
     found = record(tmp_path / "new")
     assert found["provenance"]["init_digest"] == read_manifest(trained)["files"]["model.safetensors"]["sha256"]
     assert found["experiment_id"] != source.name
     assert found["provenance"]["resumes"] == []
 
-    dataset = WalkDataset(task._walks, 16)
+    dataset = WalkDataset(task.corpus.walks, 16)
     plan = Plan(TrainingConfig(batch_size=12), len(dataset), 1, 0, 42)
     ids = next(iter(plan.sampler()))
     inputs, targets = (torch.stack(parts) for parts in zip(*(dataset[int(i)] for i in ids), strict=True))
@@ -271,7 +275,7 @@ def test_a_new_run_starts_from_the_weights_of_another(train, results: Path, tmp_
 
 
 def test_runs_are_listed_judged_and_replayed(train, results: Path, here) -> None:
-    one_epoch = {"training": {"max_epochs": 1}, "gate": {"stop_on_pass": None}}
+    one_epoch = {"training": {"max_epochs": 1}, "walks": {"gate": {"stop_on_pass": True}}}
     assert train(one_epoch, options=["--name", "missed"]).code == 0
     second = train(one_epoch, LENIENT, options=["--name", "passed", "--training.max_epochs", 2])
     assert second.code == 0

@@ -14,18 +14,19 @@ from harness import ROOT, checkpoints, merged, metrics, record, run_dir, write_c
 from texts import tiny_text
 from warm import fork
 
-from accel_train.commands.main import parse_config
-from accel_train.config.sections import to_dict
+from accel_train.config.fields import to_dict
+from accel_train.config.parse import parse_config
 from accel_train.errors import Interrupted
 from accel_train.files.atomic import sha256_file
-from accel_train.runs.record import load_schema
+from accel_train.process.work import SILENT, WorkContext
+from accel_train.runs.record import record_schema as load_schema
+from accel_train.tasks.registry import config_class
 from accel_train.tasks.text import preparation as preparation_module
 from accel_train.tasks.text.preparation import Preparation
 from accel_train.tasks.text.tokenizer import Kind, TextTokenizer, train_tokenizer
-from accel_train.training.progress import be_silent
 
 TEXTS = sorted(path for path in (ROOT / "examples").glob("*.yaml") if "task: text" in path.read_text())
-NO_DROPOUT = {"model": {"dropout": 0.0}, "training": {"max_epochs": 2}, "gate": {"val_loss_threshold": None}}
+NO_DROPOUT = {"model": {"dropout": 0.0}, "training": {"max_epochs": 2}, "text": {"gate": {"val_loss_threshold": None}}}
 
 
 def test_two_processes_take_the_samples_of_one_and_reach_its_losses(tmp_path: Path) -> None:
@@ -43,10 +44,10 @@ def test_two_processes_take_the_samples_of_one_and_reach_its_losses(tmp_path: Pa
 
 def test_weights_learned_with_another_tokenizer_are_refused(tmp_path: Path, here) -> None:
     """Of the same size, so that nothing else would notice."""
-    layers = [NO_DROPOUT, {"training": {"max_steps": 2}, "gate": {"latency_p95_ms_threshold": None}}]
+    layers = [NO_DROPOUT, {"training": {"max_steps": 2}, "text": {"gate": {"latency_p95_ms_threshold": None}}}]
     assert here("train", "--config", tiny_text(tmp_path, *layers), "--output_dir", tmp_path / "first").code == 0
     source = run_dir(tmp_path / "first")
-    start = ["--training.init_from", source]
+    start = ["--start.weights", source]
     again = here("train", "--config", tiny_text(tmp_path, *layers), "--output_dir", tmp_path / "second", *start)
     assert again.code == 0, again.err
 
@@ -71,11 +72,11 @@ def test_a_stop_is_answered_while_the_tokenizer_library_merges(tmp_path: Path, m
                 return trained
 
     monkeypatch.setattr(preparation_module, "train_tokenizer", merge)
-    preparation = Preparation(parse_config(["--config", str(tiny_text(tmp_path))])[0])
-    corpus = preparation.build_corpus(tmp_path, be_silent, lambda: False)
+    preparation = Preparation(parse_config(["--config", str(tiny_text(tmp_path))], config_class)[0])
+    corpus = preparation.build_corpus(tmp_path, SILENT)
     try:
         with pytest.raises(Interrupted):
-            preparation.build_tokenizer(corpus, tmp_path, be_silent, merging.is_set)
+            preparation.build_tokenizer(corpus, tmp_path, WorkContext(should_stop=merging.is_set))
         assert not list(tmp_path.glob("*tokenizer-*/"))
     finally:
         released.set()
@@ -105,7 +106,7 @@ def test_a_stop_is_answered_while_the_tokenizer_library_merges(tmp_path: Path, m
     ],
 )
 def test_an_example_has_the_sizes_that_it_is_known_by(example: str, sizes: dict[str, dict[str, Any]]) -> None:
-    config, _ = parse_config(["--config", str(ROOT / "examples" / f"{example}.yaml")])
+    config, _ = parse_config(["--config", str(ROOT / "examples" / f"{example}.yaml")], config_class)
     found = to_dict(config)
     assert {section: {name: found[section][name] for name in wanted} for section, wanted in sizes.items()} == sizes
     assert (config.text.split_by, config.text.held_out_fraction) == {
@@ -126,7 +127,9 @@ EVALUATED = {**IDENTITY, "loss": NUMBER, "val_loss": NUMBER, "val_bits_per_byte"
 
 def test_characters_are_validated_every_so_many_steps_and_the_log_is_for_machines(tmp_path: Path) -> None:
     char = {"text": {"tokenizer": "char", "vocab_size": 8000}, "training": {"eval_interval": 30, "max_epochs": 1}}
-    config = tiny_text(tmp_path, char, {"output_dir": str(tmp_path / "out"), "gate": {"val_loss_threshold": None}})
+    config = tiny_text(
+        tmp_path, char, {"output_dir": str(tmp_path / "out"), "text": {"gate": {"val_loss_threshold": None}}}
+    )
     fork(config, 1)
     lines = metrics(tmp_path / "out")
     for line in lines:
@@ -147,15 +150,18 @@ QUICK = {"text_quick", "text_default"}
     [pytest.param(path, id=path.stem, marks=[] if path.stem in QUICK else [pytest.mark.slow]) for path in TEXTS],
 )
 def test_every_example_runs_when_shortened(tmp_path: Path, here, example: Path) -> None:
-    config, _ = parse_config(["--config", str(example)])
+    config, _ = parse_config(["--config", str(example)], config_class)
     as_it_is = to_dict(config)
     # As it is where it stands for those of its size: its corpus must support its vocabulary.
     small = {"builtin_bytes": 500_000, "vocab_size": min(as_it_is["text"]["vocab_size"], 1000)}
     shorter = {
         "output_dir": str(tmp_path / "out"),
-        "text": {**({} if example.stem == "text_default" else small), "val_batches": 1},
+        "text": {
+            **({} if example.stem == "text_default" else small),
+            "val_batches": 1,
+            "gate": {"latency_p95_ms_threshold": None},
+        },
         "training": {"max_steps": 2, "eval_interval": None, "batch_size": 4, "gradient_accumulation_steps": 2},
-        "gate": {"latency_p95_ms_threshold": None},
     }
     path = write_config(tmp_path / "short.yaml", merged(as_it_is, shorter))
     shown = here("train", "--config", path)

@@ -18,10 +18,14 @@ FORKED = ROOT / "tests" / "faults" / "faulty_pipeline.py"
 
 TINY_TEXT: dict[str, Any] = {
     "task": "text",
-    "text": {"builtin_bytes": 60_000, "vocab_size": 400, "sample_tokens": 20},
+    "text": {
+        "builtin_bytes": 60_000,
+        "vocab_size": 400,
+        "sample_tokens": 20,
+        "gate": {"val_loss_threshold": 5.9, "language_threshold": None, "loss_rises_threshold": None},
+    },
     "model": {"d_model": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 32, "dropout": 0.1},
     "training": {"batch_size": 12, "learning_rate": 0.01, "max_epochs": 3, "log_interval": 10, "timeout_seconds": 60},
-    "gate": {"val_loss_threshold": 5.9, "language_threshold": None, "loss_rises_threshold": None},
     "checkpoint": {"every_steps": 20, "keep_last": 2},
 }
 """Some fifty steps an epoch."""

@@ -1,11 +1,21 @@
-"""What the documentation says of the tests is so."""
+"""What the documentation says of tests and targets is so, and the code of the README runs."""
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
+from accel_train.runs.record import new_record, write_record
+from accel_train.tasks.registry import experiment_config
+from accel_train.tasks.walks.task import WalksTask
+
 ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
 PREEMPTION = ROOT / "docs" / "preemption.md"
 _TEST = re.compile(r"`((?:tests/)?[\w/]+\.py)(?:::(\w+))?`")
 
@@ -31,7 +41,41 @@ def test_every_promise_names_a_test_that_exists():
 
 def test_every_make_target_that_is_named_exists():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for document in (PREEMPTION, ROOT / "README.md"):
+    for document in (PREEMPTION, README):
         named = set(re.findall(r"(?:^|`)make ([a-z-]+)", document.read_text(), re.MULTILINE))
         assert named, document
         assert named <= targets, f"{document.name} names {named - targets}"
+
+
+PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_readme_has_python_blocks():
+    assert PYTHON_BLOCKS
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON_BLOCKS)))
+def test_python_blocks_of_the_readme_run(number, tmp_path):
+    """As written, but for ``/tmp``: in a directory whose ``results`` hold one run that passed its gate."""
+    record = new_record(experiment_config(), WalksTask, experiment_id="passed", config_hash="0" * 64, command=["train"])
+    record.status, record.gate.passed = "completed", True
+    record.metrics.scalars |= {"gate_passed": True, "final_rule_compliance": 0.9}
+    (tmp_path / "results" / "passed").mkdir(parents=True)
+    write_record(tmp_path / "results" / "passed", record)
+    block = PYTHON_BLOCKS[number].replace("/tmp/", f"{tmp_path}/")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+    done = subprocess.run(
+        [sys.executable, "-c", block], cwd=tmp_path, env=environment, check=False, capture_output=True, text=True
+    )
+
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_file_that_the_architecture_names_exists():
+    named = set(re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)`", (ROOT / "docs" / "architecture.md").read_text()))
+    assert len(named) >= 25
+    package = {str(path.relative_to(ROOT / "accel_train")) for path in (ROOT / "accel_train").rglob("*.py")}
+    package |= {path.name for path in (ROOT / "accel_train").rglob("*.py")}
+    missing = {name for name in named if name not in package and not (ROOT / name).is_file()}
+    assert missing == set()

@@ -1,12 +1,12 @@
-"""The output layer and its cross-entropy in one, without ever holding all logits.
+"""The output layer and its cross-entropy in one function, without ever holding all logits.
 
-With a vocabulary of thousands the logits are the largest tensor of a small model by far: the
-anchor of the text task would write and read 131 MB of them several times in every step. Here a
-few hundred rows at a time go through the output layer; while their probabilities are in the
-cache, the gradients are made as well, so that the backward pass only scales them. (The idea is
-that of Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models", without its
-special kernels.) The price is memory for the gradients from the forward pass on: as much as the
-output layer and its input.
+With a vocabulary of thousands the logits are by far the largest tensor of a small model: with 131 MB
+for the default text model, each step would write and read them several times. Here a few hundred rows at a
+time go through the output layer. While their probabilities are in the processor's cache, the
+gradients are computed too, so that the backward pass only scales them. (The idea is that of Wijmans
+et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models", without its special kernels.)
+The price is memory for the gradients from the forward pass on: as much as the output layer and
+its input take.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch import Tensor
 from torch.nn import functional
 
 CHUNK_ELEMENTS = 1 << 23
-"""Logits at a time: 32 MiB in float32, the fastest of 2 MiB to 64 MiB on two CPU cores (docs/notes.md)."""
+"""Logits computed at a time: 32 MiB in float32, the fastest of 2 to 64 MiB on two CPU cores (docs/notes.md)."""
 _SMALLEST_PROBABILITY = 1e-30
 IGNORED = -100
-"""A target that counts for nothing, as in ``torch.nn.functional.cross_entropy``."""
+"""The target of a position without loss, as in ``torch.nn.functional.cross_entropy``."""
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy, in nats, of the logits ``x @ weight.T``.
+    """Return the mean cross-entropy, in nats, of the logits ``x @ weight.T``.
 
     Args:
         x: ``(rows, width)``.
-        weight: of the output layer, ``(vocab, width)``.
-        targets: int64 ``(rows,)``; :data:`IGNORED` ones are left out of the mean.
+        weight: weight of the output layer, ``(vocab, width)``.
+        targets: int64 ``(rows,)``; the mean leaves out those that are :data:`IGNORED`.
 
     Returns:
         A float32 scalar; NaN when every target is ignored.
@@ -41,10 +41,10 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def _negative_logarithm(probability: Tensor, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Losses ``(rows, 1)`` of targets from their float32 probabilities ``(rows, 1)``.
+    """Return the losses ``(rows, 1)`` of targets from their float32 probabilities ``(rows, 1)``.
 
-    Saves two passes over all logits. A probability near the smallest number has too few digits for it: the loss of
-    such a row, above 69 nats, is computed from its logits. Asking whether there is one waits for the device.
+    This saves two passes over all logits. A probability near the smallest float32 has too few digits: the loss of
+    such a row, above 69 nats, is computed from its logits. Testing for such rows waits for the device.
     """
     loss = -probability.log()
     tiny = (probability < _SMALLEST_PROBABILITY).squeeze(1)
@@ -55,17 +55,17 @@ def _negative_logarithm(probability: Tensor, x: Tensor, weight: Tensor, targets:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Everything in the forward pass; the backward pass scales."""
+    """Computes loss and gradients in the forward pass; the backward pass scales them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, wants_gradient: bool) -> Tensor:
         chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
         plain = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
         total = x.new_zeros((), dtype=torch.float32)
-        # In float32: divided by the number of rows the entries would be too small for float16.
+        # In float32: divided by the number of rows, the entries would be too small for float16.
         x_gradient = x.new_empty(x.shape if wants_gradient else 0, dtype=torch.float32)
         weight_gradient = weight.new_zeros(weight.shape if wants_gradient else 0, dtype=torch.float32)
-        # One buffer for all: fresh memory for every chunk costs a third of the time on a CPU.
+        # One buffer for all chunks: new memory for each costs a third of the time on a CPU.
         buffer = x.new_empty(min(chunk, len(x)), weight.shape[0], dtype=torch.float32)
         for start in range(0, len(x), chunk):
             part, wanted = x[start : start + chunk], targets[start : start + chunk]
@@ -82,13 +82,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else:
                 wanted_logit, largest = logits.gather(1, index), logits.amax(dim=1, keepdim=True)
                 probability = torch.softmax(logits, dim=1, out=logits)
-                # The largest probability is 1 over the sum of exponentials: no second pass of them is needed.
+                # The largest probability is 1 over the sum of exponentials, which saves a second pass.
                 loss = largest - probability.amax(dim=1, keepdim=True).log() - wanted_logit
             total += loss.masked_fill(~counts, 0.0).sum()
             if not wants_gradient:
                 continue
             gradient = probability.scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
-            # Ignored rows are left out of the two narrow factors, not of the wide one between them.
+            # Ignored rows are zeroed in the two narrow factors, not in the wide one between them.
             part_gradient, part = x_gradient[start : start + chunk], part * counts
             if plain:
                 torch.mm(gradient, weight, out=part_gradient)

@@ -1,8 +1,8 @@
-"""Dropout whose mask, on a CPU, comes from raw random bits.
+"""Dropout whose mask is made from raw random bits on a CPU.
 
 ``torch.nn.Dropout`` draws one Bernoulli number per element there, on one core: 7 % of a training
-step of the default text model, measured on an AMD processor. Here one 64-bit random integer
-decides about four elements, 16 bits each, which takes a quarter of the time (docs/notes.md).
+step of the default text model on an AMD processor. Here one 64-bit random integer decides about
+four elements, 16 bits each, which takes a quarter of the time (docs/notes.md).
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 LEVELS = 1 << 16
-"""Values of the 16 bits of one element: probabilities are multiples of a 65,536th."""
+"""Values of the 16 bits of one element: probabilities are multiples of 2^-16."""
 
 
 class Dropout(nn.Dropout):
     """``torch.nn.Dropout``, faster on a CPU.
 
-    In training each element is zeroed with probability ``p``, independently, and the others are
-    divided by the probability of being kept, so that the expectation stays. The mask comes from
+    In training each element is zeroed independently with probability ``p``, and the others are
+    divided by the probability of being kept, which preserves the expectation. The mask comes from
     torch's global generator and does not depend on the number of threads.
 
-    On a CPU ``p`` is rounded to a multiple of 2^-16; the factor is that of the rounded one. Other
+    On a CPU ``p`` is rounded to a multiple of 2^-16; the factor follows from the rounded one. Other
     devices and compiled graphs use torch's own dropout, which is fast there.
     """
 
@@ -36,12 +36,12 @@ class Dropout(nn.Dropout):
         if dropped == LEVELS:
             return input * torch.zeros_like(input)
         keep = _random_int16(input.shape) >= dropped - LEVELS // 2
-        # As a factor of the input's dtype: faster than a product of booleans, forward and backward.
+        # A factor of the input's dtype is faster than one of booleans, forward and backward.
         return input * keep.to(input.dtype).mul_(LEVELS / (LEVELS - dropped))
 
 
 def _random_int16(shape: torch.Size) -> Tensor:
-    """Uniform over all values of int16."""
+    """Return an int16 tensor, uniform over all values."""
     elements = shape.numel()
     words = torch.empty((elements + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     return words.view(torch.int16)[:elements].view(shape)

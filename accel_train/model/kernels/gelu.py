@@ -1,10 +1,10 @@
-"""GELU (tanh approximation, as GPT-2), by way of the sigmoid on a CPU.
+"""GELU (tanh approximation, as in GPT-2), computed by the sigmoid on a CPU.
 
     0.5 x (1 + tanh u) = x sigmoid(2 u),   u = sqrt(2 / pi) (x + 0.044715 x^3)   (Hendrycks & Gimpel 2016)
 
-Where processors have no tanh of their own, PyTorch's takes three times the time of its sigmoid, and its
-backward pass takes another. Here the sigmoid is kept for the backward pass: 0.7 of the time, forward
-and backward, for four more bytes per element (docs/notes.md).
+On a CPU PyTorch's tanh takes three times as long as its sigmoid, and its backward pass computes it
+again. Here the sigmoid is stored for the backward pass: forward and backward pass together take 0.7 of
+the time, for four more bytes per element (docs/notes.md).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch.nn import functional
 
 _LINEAR = 2 * math.sqrt(2 / math.pi)
 _CUBIC = _LINEAR * 0.044715
-_WORTH_IT = 1 << 18
-"""Elements from which on the time saved is more than what a function of several kernels costs."""
+_MIN_ELEMENTS = 1 << 18
+"""With fewer elements calling several kernels costs more than it saves."""
 
 
 def gelu(x: Tensor) -> Tensor:
-    """``functional.gelu(x, approximate="tanh")``, of any shape; large float32 tensors on a CPU to the last digits.
+    """Compute ``functional.gelu(x, approximate="tanh")``; up to rounding for large float32 tensors on a CPU.
 
-    There the gradient is NaN beyond 1e12, where the cube's is no longer a float32; PyTorch's holds out until 1e18.
+    For these the gradient is NaN beyond 1e12, where that of the cube overflows; PyTorch's is finite up to 1e18.
     """
     if (
         x.device.type != "cpu"
         or x.dtype != torch.float32
-        or x.numel() < _WORTH_IT
+        or x.numel() < _MIN_ELEMENTS
         or not x.is_contiguous()
         or torch.compiler.is_compiling()
     ):
@@ -41,7 +41,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def _gate(x: Tensor) -> Tensor:
-    """The factor of ``x``: ``sigmoid(2 u)``."""
+    """Return the factor of ``x``: ``sigmoid(2 u)``."""
     return _inner_slope(x, _CUBIC).mul_(x).sigmoid_()
 
 

@@ -7,92 +7,16 @@ enough for a small model to have something to learn, and for its samples to show
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterator
+from importlib import resources
 
 BUILTIN = "builtin"
 """Value of ``text.corpus`` that asks for this corpus."""
 
-_EN_PEOPLE = (
-    "baker|doctor|farmer|fisherman|gardener|girl|king|lawyer|merchant|miller|neighbour|painter|pilot|poet|queen|"
-    "sailor|shepherd|singer|soldier|stranger|student|teacher|traveller|widow|writer|boy|captain|servant|judge|cook"
-).split("|")
-_EN_THINGS = (
-    "apple|basket|bell|boat|book|bottle|bridge|candle|carpet|chair|clock|coat|coin|cup|door|drum|flower|garden|glass|"
-    "hammer|harp|hat|horse|house|key|kite|ladder|lamp|letter|lock|map|mirror|needle|painting|paper|pillow|plate|ring|"
-    "river|road|rope|ship|shoe|song|spoon|star|stone|story|table|tree|wall|wheel|window|wing"
-).split("|")
-_EN_ADJECTIVES = (
-    "old|young|quiet|happy|tired|clever|poor|rich|tall|small|brave|gentle|proud|strange|lonely|honest|careful|cheerful|"
-    "green|white|dark|heavy|light|broken|golden|silver|wooden|empty|beautiful|ancient|simple|secret|warm|cold|bright"
-).split("|")
-_EN_VERBS = (
-    "paint|clean|open|remember|carry|discover|follow|watch|repair|borrow|return|collect|visit|touch|count|select|"
-    "answer|protect|describe|gather|polish|order|mention|admire|examine|guard|lift|pull|push|accept|offer|present"
-).split("|")
-_EN_PLACES = (
-    "in the market|near the harbour|behind the church|under the bridge|on the hill|by the river|in the garden|"
-    "at the old mill|beside the fountain|in the kitchen|on the road to the village|at the edge of the forest|"
-    "in the library|outside the city|on the island|across the valley"
-).split("|")
-_EN_TIMES = (
-    "In the morning|At midnight|Last winter|One evening|After the storm|Before dawn|Every summer|Long ago|That day|"
-    "On Sunday|During the feast|Some years later|At the end of the week|When the rain stopped"
-).split("|")
-_EN_ADVERBS = "slowly|quietly|carefully|often|again|gladly|in silence|with great care|without a word|at once".split("|")
-
-_EN_TITLES = "Mr.|Mrs.|Captain|Lady|Doctor|Sir".split("|")
-_EN_NAMES = (
-    "Ash|Black|Brad|Car|Crom|Dal|Dar|El|Fair|Fen|Glen|Had|Har|Hol|Ken|Lang|Lin|Mar|Mel|Nor|Oak|Pem|Rad|Ros|Shel|Stan|"
-    "Thorn|Wal|Wes|Wood".split("|"),
-    "a|e|er|ing|le|lin|low|mor|ning|or|ring|ster|ti|wen|wick|y".split("|"),
-    "bourne|bridge|by|combe|dale|field|ford|gate|ham|hurst|land|ley|more|shaw|stead|ton|wall|well|wood|worth".split(
-        "|"
-    ),
-)
-
-_ES_TITLES = "don|el señor|el capitán|el doctor|maese|fray".split("|")
-_ES_NAMES = (
-    "Al|Ar|Bal|Bar|Cal|Cas|Cer|Del|Fer|Gal|Gar|Her|Lar|Luz|Man|Mar|Men|Mon|Nar|Or|Pal|Per|Quin|Ram|Sal|San|Tor|Val|Vil|Zam".split(
-        "|"
-    ),
-    "a|be|ca|cu|da|do|ga|go|la|li|ma|mi|na|ne|ra|ro|ta|ti|va|ve".split("|"),
-    "bal|cedo|da|dón|jada|lar|lejo|llo|nares|nero|ño|quera|rano|rín|rrez|sco|tero|ales|ván|zar".split("|"),
-)
-
-_ES_PEOPLE = (
-    "panadero|médico|campesino|pescador|jardinero|abogado|molinero|vecino|pintor|piloto|marinero|pastor|cantor|soldado|"
-    "extranjero|maestro|viajero|escritor|muchacho|niño|capitán|criado|cocinero|carpintero|zapatero|hermano|abuelo|amigo"
-).split("|")
-_ES_THINGS_M = (
-    "barco|libro|puente|reloj|abrigo|vaso|jardín|martillo|sombrero|caballo|espejo|cuadro|papel|plato|anillo|río|camino|"
-    "zapato|cuento|árbol|muro|cesto|tambor|candado|mapa|secreto|pan|vino|cuaderno|tesoro"
-).split("|")
-_ES_THINGS_F = (
-    "manzana|campana|botella|vela|alfombra|silla|moneda|taza|puerta|flor|casa|llave|cometa|escalera|lámpara|carta|aguja|"
-    "almohada|cuerda|canción|cuchara|estrella|piedra|mesa|rueda|ventana|historia|espada|guitarra|montaña"
-).split("|")
-_ES_ADJECTIVES = (
-    "viej|tranquil|content|cansad|list|ric|alt|pequeñ|orgullos|extrañ|solitari|honrad|cuidados|blanc|oscur|pesad|liger|"
-    "rot|dorad|platead|vací|hermos|antigu|sencill|secret|tibi|frí|nuev|perdid|famos|buen|generos|negr|roj|sabi"
-).split("|")
-_ES_VERBS = (
-    "pint|limpi|record|llev|encontr|mir|repar|compr|regal|visit|toc|cont|contest|cuid|dibuj|junt|orden|nombr|admir|"
-    "examin|guard|levant|empuj|acept|present|dej|am|busc|esper|entreg|prepar|salud"
-).split("|")
-_ES_PLACES = (
-    "en el mercado|cerca del puerto|detrás de la iglesia|bajo el puente|en la colina|junto al río|en el jardín|"
-    "en el viejo molino|al lado de la fuente|en la cocina|camino de la aldea|a la orilla del bosque|en la biblioteca|"
-    "fuera de la ciudad|en la isla|al otro lado del valle"
-).split("|")
-_ES_TIMES = (
-    "Por la mañana|A medianoche|El invierno pasado|Una tarde|Después de la tormenta|Antes del alba|Cada verano|"
-    "Hace mucho tiempo|Aquel día|El domingo|Durante la fiesta|Algunos años después|Al final de la semana|"
-    "Cuando dejó de llover"
-).split("|")
-_ES_ADVERBS = (
-    "despacio|en silencio|con cuidado|a menudo|otra vez|con gusto|sin decir nada|en seguida|poco a poco".split("|")
-)
+_WORDS = json.loads(resources.files(__package__).joinpath("builtin_words.json").read_text(encoding="utf-8"))
+_EN, _ES = _WORDS["english"], _WORDS["spanish"]
 
 _SENTENCES, _PARAGRAPHS = (3, 7), (3, 6)
 _BLOCK = 1 << 16
@@ -143,16 +67,16 @@ def _english(draw: random.Random) -> _Sentence:
 
     def hero(person: str) -> str:
         if draw.random() < _NAMED:
-            return f"{pick(_EN_TITLES)} {_name(draw, _EN_NAMES)}"
-        return f"the {pick(_EN_ADJECTIVES)} {person}"
+            return f"{pick(_EN['titles'])} {_name(draw, _EN['names'])}"
+        return f"the {pick(_EN['adjectives'])} {person}"
 
-    heroes = [hero(person) for person in draw.sample(_EN_PEOPLE, 2)]
+    heroes = [hero(person) for person in draw.sample(_EN["people"], 2)]
 
     def thing() -> str:
-        shape, noun = draw.randrange(4), pick(_EN_THINGS)
+        shape, noun = draw.randrange(4), pick(_EN["things"])
         if shape == 0:
             return f"the {noun}"
-        adjective = pick(_EN_ADJECTIVES)
+        adjective = pick(_EN["adjectives"])
         if shape == 1:
             return f"the {adjective} {noun}"
         if shape == 2:
@@ -160,22 +84,22 @@ def _english(draw: random.Random) -> _Sentence:
         return f"{pick(('two', 'three', 'many', 'all the'))} {adjective} {noun}{'es' if noun.endswith('s') else 's'}"
 
     def clause() -> str:
-        who, verb, shape = pick(heroes), pick(_EN_VERBS), draw.randrange(5)
+        who, verb, shape = pick(heroes), pick(_EN["verbs"]), draw.randrange(5)
         past = f"{verb}d" if verb.endswith("e") else f"{verb[:-1]}ied" if verb.endswith("ry") else f"{verb}ed"
         if shape == 0:
-            return f"{who} {past} {thing()} {pick(_EN_PLACES)}"
+            return f"{who} {past} {thing()} {pick(_EN['places'])}"
         if shape == 1:
-            return f"{who} {past} {thing()} {pick(_EN_ADVERBS)}"
+            return f"{who} {past} {thing()} {pick(_EN['adverbs'])}"
         if shape == 2:
             return f"{who} will {verb} {thing()}"
         if shape == 3:
             return f"{who} and {heroes[0] if who == heroes[1] else heroes[1]} {past} {thing()}"
-        return f"{who} did not {verb} {thing()} {pick(_EN_PLACES)}"
+        return f"{who} did not {verb} {thing()} {pick(_EN['places'])}"
 
     def sentence() -> str:
         shape = draw.randrange(4)
         if shape == 0:
-            return f"{pick(_EN_TIMES)}, {clause()}."
+            return f"{pick(_EN['times'])}, {clause()}."
         if shape == 1:
             return _capital(f"{clause()}, {pick(('and', 'but', 'because', 'so'))} {clause()}.")
         if shape == 2:
@@ -191,20 +115,20 @@ def _spanish(draw: random.Random) -> _Sentence:
 
     def hero(name: str) -> str:
         if draw.random() < _NAMED:
-            return f"{pick(_ES_TITLES)} {_name(draw, _ES_NAMES)}"
+            return f"{pick(_ES['titles'])} {_name(draw, _ES['names'])}"
         feminine = name.endswith("o") and draw.random() < 0.5
-        noun, adjective = (name[:-1] + "a" if feminine else name), pick(_ES_ADJECTIVES) + ("a" if feminine else "o")
+        noun, adjective = (name[:-1] + "a" if feminine else name), pick(_ES["adjectives"]) + ("a" if feminine else "o")
         return f"{'la' if feminine else 'el'} {noun} {adjective}"
 
-    heroes = [hero(name) for name in draw.sample(_ES_PEOPLE, 2)]
+    heroes = [hero(name) for name in draw.sample(_ES["people"], 2)]
 
     def thing() -> str:
         feminine = draw.random() < 0.5
-        noun = pick(_ES_THINGS_F if feminine else _ES_THINGS_M)
+        noun = pick(_ES["things_f"] if feminine else _ES["things_m"])
         shape, ending = draw.randrange(4), "a" if feminine else "o"
         if shape == 0:
             return f"{'la' if feminine else 'el'} {noun}"
-        adjective = pick(_ES_ADJECTIVES) + ending
+        adjective = pick(_ES["adjectives"]) + ending
         if shape == 1:
             return f"{'la' if feminine else 'el'} {noun} {adjective}"
         if shape == 2:
@@ -214,21 +138,21 @@ def _spanish(draw: random.Random) -> _Sentence:
         return f"{pick(several)} {plural} {adjective}s"
 
     def clause() -> str:
-        who, stem, shape = pick(heroes), pick(_ES_VERBS), draw.randrange(5)
+        who, stem, shape = pick(heroes), pick(_ES["verbs"]), draw.randrange(5)
         if shape == 0:
-            return f"{who} {stem}aba {thing()} {pick(_ES_PLACES)}"
+            return f"{who} {stem}aba {thing()} {pick(_ES['places'])}"
         if shape == 1:
-            return f"{who} {stem}a {thing()} {pick(_ES_ADVERBS)}"
+            return f"{who} {stem}a {thing()} {pick(_ES['adverbs'])}"
         if shape == 2:
             return f"{who} {stem}ará {thing()}"
         if shape == 3:
             return f"{who} y {heroes[0] if who == heroes[1] else heroes[1]} {stem}aron {thing()}"
-        return f"{who} no {stem}aba {thing()} {pick(_ES_PLACES)}"
+        return f"{who} no {stem}aba {thing()} {pick(_ES['places'])}"
 
     def sentence() -> str:
         shape = draw.randrange(4)
         if shape == 0:
-            return f"{pick(_ES_TIMES)}, {clause()}."
+            return f"{pick(_ES['times'])}, {clause()}."
         if shape == 1:
             return _capital(f"{clause()}, {pick(('y', 'pero', 'porque', 'así que'))} {clause()}.")
         if shape == 2:
@@ -238,7 +162,7 @@ def _spanish(draw: random.Random) -> _Sentence:
     return sentence
 
 
-def _name(draw: random.Random, syllables: tuple[list[str], ...]) -> str:
+def _name(draw: random.Random, syllables: list[list[str]]) -> str:
     return "".join(draw.choice(each) for each in syllables)
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accel_train.errors import Interrupted
-from accel_train.tasks.text.normalize import unify_line_ends
 
 BLOCK_BYTES = 1 << 20
 """Bytes read at a time."""
@@ -254,3 +253,8 @@ def _place(text: str, start: int) -> int:
         if places:
             return places[-1]
     return end
+
+
+def unify_line_ends(text: str) -> str:
+    """``text`` with CRLF and lone CR as LF."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")

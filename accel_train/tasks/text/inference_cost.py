@@ -24,11 +24,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from accel_train.config.sections import ExperimentConfig, from_dict
+from accel_train.config.fields import from_dict
+from accel_train.config.sections import ModelConfig
 from accel_train.errors import Interrupted
 from accel_train.model.generation import stream
 from accel_train.model.transformer import TransformerLM
-from accel_train.process.signals import tied_to_this_process
+from accel_train.process.launcher import tied_to_this_process
+from accel_train.tasks.text.config import TextConfig
 from accel_train.tasks.text.tokenizer import TOKENIZER_FILE, TextTokenizer
 
 WARM_UP_TOKENS = 32
@@ -37,7 +39,7 @@ _POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
-class Deployment:
+class InferenceCost:
     """Figures of a process that loads a model and generates."""
 
     latency_p50_ms: float
@@ -52,15 +54,15 @@ class Deployment:
     """Tokens that the percentiles are of."""
 
 
-class DeploymentError(RuntimeError):
+class InferenceError(RuntimeError):
     """The process that was to use the model failed."""
 
 
-def measure_apart(checkpoint: Path, should_stop: Callable[[], bool], timeout: float = 600.0) -> Deployment:
+def measure_apart(checkpoint: Path, should_stop: Callable[[], bool], timeout: float = 600.0) -> InferenceCost:
     """Measure ``checkpoint`` in a fresh process.
 
     Raises:
-        DeploymentError: it failed or took longer than ``timeout`` seconds; holds its last words.
+        InferenceError: it failed or took longer than ``timeout`` seconds; holds its last words.
         Interrupted: ``should_stop()`` turned true; the process is gone.
     """
     # No GPU and no launch: it is one process by itself, whatever this one is part of.
@@ -82,18 +84,18 @@ def measure_apart(checkpoint: Path, should_stop: Callable[[], bool], timeout: fl
                 if should_stop():
                     raise Interrupted
                 if time.monotonic() > deadline:
-                    raise DeploymentError(f"using {checkpoint} took longer than {timeout:g} s")
+                    raise InferenceError(f"using {checkpoint} took longer than {timeout:g} s")
                 time.sleep(_POLL_SECONDS)
         finally:
             process.kill()
         output, errors = _lines(out), _lines(err)
     if process.returncode:
         last = errors[-1] if errors else f"exit code {process.returncode}"
-        raise DeploymentError(f"{checkpoint} could not be used in a process of its own: {last}")
+        raise InferenceError(f"{checkpoint} could not be used in a process of its own: {last}")
     try:
-        return Deployment(**json.loads(output[-1]))
+        return InferenceCost(**json.loads(output[-1]))
     except (IndexError, ValueError, TypeError) as error:
-        raise DeploymentError(
+        raise InferenceError(
             f"the process that used {checkpoint} did not end with its figures: {output[-1:]}"
         ) from error
 
@@ -103,13 +105,14 @@ def _lines(file: TextIO) -> list[str]:
     return file.read().strip().splitlines()
 
 
-def measure(checkpoint: Path, *, tokens: int = TIMED_TOKENS) -> Deployment:
+def measure(checkpoint: Path, *, tokens: int = TIMED_TOKENS) -> InferenceCost:
     """Load ``checkpoint`` and generate, in this process."""
-    config: ExperimentConfig = from_dict(yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8")))
+    values = yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8"))
+    text, model_config = from_dict(values["text"], TextConfig), from_dict(values["model"], ModelConfig)
     tokenizer = TextTokenizer.load(checkpoint / TOKENIZER_FILE)
-    model = TransformerLM(config.model, tokenizer.vocab_size)
+    model = TransformerLM(model_config, tokenizer.vocab_size)
     model.load_state_dict(load_file(checkpoint / "model.safetensors"))
-    prompt = tokenizer.encode(config.text.prompt)[-config.model.max_seq_len :]
+    prompt = tokenizer.encode(text.prompt)[-model_config.max_seq_len :]
     generator = torch.Generator().manual_seed(0)
     seconds = []
     before = 0.0
@@ -119,7 +122,7 @@ def measure(checkpoint: Path, *, tokens: int = TIMED_TOKENS) -> Deployment:
             seconds.append(now - before)
         before = now
     p50, p95 = np.percentile(1e3 * np.array(seconds), [50, 95])
-    return Deployment(float(p50), float(p95), peak_rss_bytes() / 1e6, torch.get_num_threads(), tokens)
+    return InferenceCost(float(p50), float(p95), peak_rss_bytes() / 1e6, torch.get_num_threads(), tokens)
 
 
 def peak_rss_bytes() -> int:

@@ -11,14 +11,15 @@ import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from accel_train.config.sections import ExperimentConfig, canonical_json
+from accel_train.config.sections import ExperimentConfig
 from accel_train.data.windows import Ranges, count_windows, split_corpus
-from accel_train.errors import ConfigError, Interrupted
+from accel_train.errors import ConfigError
+from accel_train.files.atomic import canonical_json
 from accel_train.files.shared import cached, damage
 from accel_train.process.console import Meter
-from accel_train.process.fault_points import SILENT, Observer
-from accel_train.process.work import abandonable
+from accel_train.process.work import StopCheck, WorkContext, abandonable
 from accel_train.tasks.text.builtin import BUILTIN, builtin_text
+from accel_train.tasks.text.config import TextConfig
 from accel_train.tasks.text.corpus import Corpus, UnusableCorpus, check_corpus, find_files
 from accel_train.tasks.text.download import download, is_url
 from accel_train.tasks.text.tokenizer import (
@@ -31,9 +32,7 @@ from accel_train.tasks.text.tokenizer import (
 )
 from accel_train.tasks.text.tokens import Tokens, write_tokens
 
-StopCheck = Callable[[], bool]
-Say = Callable[[str, str], None]
-_Writer = Callable[[Path, Say, StopCheck], None]
+_Writer = Callable[[Path, WorkContext], None]
 
 # Parts of the cache keys: raise one when the same input would give another result.
 _BUILTIN_VERSION, _TOKENIZER_VERSION, _TOKENS_VERSION = 1, 1, 1
@@ -45,8 +44,8 @@ _SENSIBLE_BATCH = 16
 
 
 def split(config: ExperimentConfig, tokens: int) -> tuple[Ranges, Ranges]:
-    """Which of ``tokens`` are for training and which for validation."""
-    text = config.text
+    """Return which of ``tokens`` are for training and which for validation."""
+    text: TextConfig = config.section
     return split_corpus(tokens, config.model.max_seq_len, text.held_out_fraction, text.split_by)
 
 
@@ -55,24 +54,23 @@ class Preparation:
 
     Args:
         config: of the text task.
-        observer: hears when something begins to be made and when its files are written.
     """
 
-    def __init__(self, config: ExperimentConfig, observer: Observer = SILENT) -> None:
+    def __init__(self, config: ExperimentConfig) -> None:
         self.config = config
-        self._observer = observer
+        self._text: TextConfig = config.section
         self._corpus: Corpus | None = None
         self.built: set[str] = set()
         """Which of corpus, tokenizer and tokens were not there."""
 
-    def check(self, say: Say, should_stop: StopCheck) -> None:
+    def check(self, work: WorkContext) -> None:
         """Read a local corpus once, and refuse one that is no text.
 
         Raises:
             ConfigError: it is missing, empty, binary or not UTF-8; names the byte.
             Interrupted: ``should_stop()`` turned true.
         """
-        text = self.config.text
+        text = self._text
         if text.corpus == BUILTIN:
             for name in ("corpus_sha256", "corpus_bytes"):
                 value = getattr(text, name)
@@ -81,7 +79,7 @@ class Preparation:
                         f"text.{name}", value, "has no meaning for the built-in corpus; name a corpus too"
                     )
         elif not is_url(text.corpus):
-            self._corpus = self._checked(lambda: find_files(text.corpus), say, should_stop)
+            self._corpus = self._checked(lambda: find_files(text.corpus), work)
             expected = (
                 ("corpus_sha256", text.corpus_sha256 and text.corpus_sha256.lower(), self._corpus.sha256),
                 ("corpus_bytes", text.corpus_bytes, self._corpus.size),
@@ -93,7 +91,7 @@ class Preparation:
                     )
                     raise ConfigError(f"text.{name}", wanted, rule)
 
-    def build(self, shared: Path, say: Say, should_stop: StopCheck) -> str:
+    def build(self, shared: Path, work: WorkContext) -> str:
         """Fetch or make the corpus, train the tokenizer, write the tokens; or verify and reuse them.
 
         Raises:
@@ -101,26 +99,26 @@ class Preparation:
             DownloadError: it could not be fetched.
             Interrupted: ``should_stop()`` turned true; nothing half-built is left.
         """
-        corpus = self.build_corpus(shared, say, should_stop)
-        tokenizer = self.build_tokenizer(corpus, shared, say, should_stop)
-        return str(self.build_tokens(corpus, tokenizer, shared, say, should_stop))
+        corpus = self.build_corpus(shared, work)
+        tokenizer = self.build_tokenizer(corpus, shared, work)
+        return str(self.build_tokens(corpus, tokenizer, shared, work))
 
-    def build_corpus(self, shared: Path, say: Say, should_stop: StopCheck) -> Corpus:
+    def build_corpus(self, shared: Path, work: WorkContext) -> Corpus:
         """The corpus, checked: a local one where it lies, any other one under ``shared``."""
-        text, key = self.config.text, self._corpus_key
+        text, key = self._text, self._corpus_key
         if key is not None:
             write = self._write_builtin if text.corpus == BUILTIN else self._fetch
-            corpus = self._made(key, write, shared, say, should_stop)
+            corpus = self._made(key, write, shared, work)
         else:
-            corpus = self._corpus or self._checked(lambda: find_files(text.corpus), say, should_stop)
+            corpus = self._corpus or self._checked(lambda: find_files(text.corpus), work)
             self._corpus = corpus
-            say("corpus", f"{text.corpus}: {_size(corpus.size)} of text, SHA-256 {corpus.sha256[:16]}")
+            work.say("corpus", f"{text.corpus}: {_size(corpus.size)} of text, SHA-256 {corpus.sha256[:16]}")
         return corpus
 
     @property
     def _corpus_key(self) -> str | None:
         """Name of a corpus that is kept under the shared directory; None for local files."""
-        text = self.config.text
+        text = self._text
         if text.corpus == BUILTIN:
             return f"builtin-{text.builtin_bytes}-v{_BUILTIN_VERSION}"
         if not is_url(text.corpus):
@@ -133,33 +131,33 @@ class Preparation:
 
     def missing_tokenizer(self, corpus: Corpus, shared: Path) -> str | None:
         """Why a tokenizer has to be trained; None when it is there and sound."""
-        return None if self.config.text.tokenizer == "char" else _missing(shared / self._tokenizer_key(corpus))
+        return None if self._text.tokenizer == "char" else _missing(shared / self._tokenizer_key(corpus))
 
     def _tokenizer_key(self, corpus: Corpus) -> str:
-        text = self.config.text
+        text = self._text
         defines = [_TOKENIZER_VERSION, text.tokenizer, text.vocab_size, corpus.sha256, corpus.strip_gutenberg]
         return f"tokenizer-{_short(canonical_json(defines))}"
 
-    def build_tokenizer(self, corpus: Corpus, shared: Path, say: Say, should_stop: StopCheck) -> TextTokenizer:
+    def build_tokenizer(self, corpus: Corpus, shared: Path, work: WorkContext) -> TextTokenizer:
         """The tokenizer of ``corpus``, trained if it is not there."""
-        text = self.config.text
+        text = self._text
         if text.tokenizer == "char":
-            say("tokenizer", f"{CHAR_VOCAB_SIZE} characters")
+            work.say("tokenizer", f"{CHAR_VOCAB_SIZE} characters")
             return char_tokenizer()
 
         def build(directory: Path) -> None:
-            say("tokenizer", f"training {text.tokenizer} with a vocabulary of {text.vocab_size:,}")
-            with Meter("tokenizer: text read", corpus.size, lambda line: say("tokenizer", line)) as meter:
+            work.say("tokenizer", f"training {text.tokenizer} with a vocabulary of {text.vocab_size:,}")
+            with Meter("tokenizer: text read", corpus.size, work.saying("tokenizer")) as meter:
 
                 def train(is_abandoned: StopCheck) -> TextTokenizer:
                     return train_tokenizer(text.tokenizer, _counted(corpus, meter, is_abandoned), text.vocab_size)
 
                 # Reading can be interrupted, merging cannot: the library is in it for as long as it takes.
-                trained = abandonable(train, should_stop)
+                trained = abandonable(train, work.should_stop)
             (directory / TOKENIZER_FILE).write_text(trained.content, encoding="utf-8")
 
         try:
-            directory, built = self._cached("tokenizer", shared, self._tokenizer_key(corpus), build, say, should_stop)
+            directory, built = self._cached("tokenizer", shared, self._tokenizer_key(corpus), build, work)
         except VocabularyError as error:
             raise ConfigError(
                 "text.vocab_size",
@@ -167,27 +165,25 @@ class Preparation:
                 f"is more than this corpus supports ({error.possible} at most); choose a smaller one or use more text",
             ) from error
         tokenizer = TextTokenizer.load(directory / TOKENIZER_FILE)
-        say("tokenizer", f"{text.tokenizer}, vocabulary of {tokenizer.vocab_size:,}, {built} as {_name(directory)}")
+        work.say(
+            "tokenizer", f"{text.tokenizer}, vocabulary of {tokenizer.vocab_size:,}, {built} as {_name(directory)}"
+        )
         return tokenizer
 
-    def build_tokens(
-        self, corpus: Corpus, tokenizer: TextTokenizer, shared: Path, say: Say, should_stop: StopCheck
-    ) -> Path:
+    def build_tokens(self, corpus: Corpus, tokenizer: TextTokenizer, shared: Path, work: WorkContext) -> Path:
         """The directory with the tokens of ``corpus``, written if they are not there."""
         defines = [_TOKENS_VERSION, corpus.sha256, corpus.strip_gutenberg, tokenizer.digest]
 
         def build(directory: Path) -> None:
-            with Meter("tokens: text read", corpus.size, lambda line: say("tokens", line)) as meter:
-                pieces = _counted(corpus, meter, should_stop)
+            with Meter("tokens: text read", corpus.size, work.saying("tokens")) as meter:
+                pieces = _counted(corpus, meter, work.should_stop)
                 write_tokens(directory, pieces, tokenizer, corpus.sha256)
             (directory / TOKENIZER_FILE).write_text(tokenizer.content, encoding="utf-8")
 
-        directory, built = self._cached(
-            "tokens", shared, f"tokens-{_short(canonical_json(defines))}", build, say, should_stop
-        )
+        directory, built = self._cached("tokens", shared, f"tokens-{_short(canonical_json(defines))}", build, work)
         index = Tokens(directory).index
         each = index.bytes / max(index.tokens, 1)
-        say("tokens", f"{index.tokens:,} of {each:.2f} bytes each, {built} as {_name(directory)}")
+        work.say("tokens", f"{index.tokens:,} of {each:.2f} bytes each, {built} as {_name(directory)}")
         self._check_size(index.tokens)
         return directory
 
@@ -195,7 +191,7 @@ class Preparation:
         context, batch = self.config.model.max_seq_len, self.config.training.batch_size
         train, val = split(self.config, tokens)
         counts = {
-            "training": count_windows(train, context, self.config.text.stride),
+            "training": count_windows(train, context, self._text.stride),
             "validation": count_windows(val, context),
         }
         if _SENSIBLE_BATCH <= counts["training"] < batch:
@@ -209,40 +205,39 @@ class Preparation:
             if counts[part] < needed:
                 raise ConfigError(
                     "text.corpus",
-                    self.config.text.corpus,
+                    self._text.corpus,
                     f"is too small: {tokens:,} tokens give {counts[part]} windows of model.max_seq_len = {context} "
                     f"for {part}, and {needed} are needed; use more text, a shorter context or a smaller batch",
                 )
 
-    def _made(self, key: str, write: _Writer, shared: Path, say: Say, should_stop: StopCheck) -> Corpus:
+    def _made(self, key: str, write: _Writer, shared: Path, work: WorkContext) -> Corpus:
         """A corpus that is a file under ``shared``."""
 
         def build(directory: Path) -> None:
             path = directory / _CORPUS_FILE
-            write(path, say, should_stop)
+            write(path, work)
             # Before it counts: what is no text must not be found next time.
-            self._checked(lambda: (path,), say, should_stop)
+            self._checked(lambda: (path,), work)
 
-        directory, built = self._cached("corpus", shared, key, build, say, should_stop)
-        corpus = self._checked(lambda: (directory / _CORPUS_FILE,), say, should_stop)
-        say("corpus", f"{self.config.text.corpus}: {_size(corpus.size)} of text, {built} as {_name(directory)}")
+        directory, built = self._cached("corpus", shared, key, build, work)
+        corpus = self._checked(lambda: (directory / _CORPUS_FILE,), work)
+        work.say("corpus", f"{self._text.corpus}: {_size(corpus.size)} of text, {built} as {_name(directory)}")
         return corpus
 
-    def _write_builtin(self, path: Path, say: Say, should_stop: StopCheck) -> None:
-        size = self.config.text.builtin_bytes
+    def _write_builtin(self, path: Path, work: WorkContext) -> None:
+        size = self._text.builtin_bytes
         with (
             path.open("w", encoding="utf-8", newline="\n") as file,
-            Meter("corpus: text made", size, lambda line: say("corpus", line)) as meter,
+            Meter("corpus: text made", size, work.saying("corpus")) as meter,
         ):
             for piece in builtin_text(size, _BUILTIN_SEED):
-                if should_stop():
-                    raise Interrupted
+                work.check()
                 file.write(piece)
                 meter(len(piece.encode()))
 
-    def _fetch(self, path: Path, say: Say, should_stop: StopCheck) -> None:
-        text = self.config.text
-        with Meter("download", text.corpus_bytes, lambda line: say("corpus", line)) as meter:
+    def _fetch(self, path: Path, work: WorkContext) -> None:
+        text = self._text
+        with Meter("download", text.corpus_bytes, work.saying("corpus")) as meter:
             download(
                 text.corpus,
                 path,
@@ -250,19 +245,19 @@ class Preparation:
                 size=text.corpus_bytes,
                 timeout=text.download_timeout,
                 attempts=text.download_attempts,
-                should_stop=should_stop,
+                should_stop=work.should_stop,
                 progress=meter.reach,
-                on_retry=lambda line: say("corpus", line),
+                on_retry=work.saying("corpus"),
             )
 
-    def _checked(self, find: Callable[[], tuple[Path, ...]], say: Say, should_stop: StopCheck) -> Corpus:
-        text = self.config.text
+    def _checked(self, find: Callable[[], tuple[Path, ...]], work: WorkContext) -> Corpus:
+        text = self._text
         try:
             paths = find()
             size = sum(path.stat().st_size for path in paths)
-            with Meter("corpus: text checked", size, lambda line: say("corpus", line)) as meter:
+            with Meter("corpus: text checked", size, work.saying("corpus")) as meter:
                 return check_corpus(
-                    paths, strip_gutenberg=text.strip_gutenberg, should_stop=should_stop, progress=meter
+                    paths, strip_gutenberg=text.strip_gutenberg, should_stop=work.should_stop, progress=meter
                 )
         except UnusableCorpus as error:
             named = error.path.name == _CORPUS_FILE or str(error.path) == text.corpus
@@ -270,7 +265,7 @@ class Preparation:
             raise ConfigError("text.corpus", text.corpus, rule) from error
 
     def _cached(
-        self, name: str, shared: Path, key: str, build: Callable[[Path], None], say: Say, should_stop: StopCheck
+        self, name: str, shared: Path, key: str, build: Callable[[Path], None], work: WorkContext
     ) -> tuple[Path, str]:
         """The artifact's directory, and how it came to be there."""
 
@@ -282,9 +277,8 @@ class Preparation:
             shared,
             key,
             note_and_build,
-            on_wait=lambda message: say(name, message),
-            should_stop=should_stop,
-            observer=self._observer,
+            work,
+            name,
         )
         return directory, "built" if name in self.built else "found and verified"
 

@@ -1,8 +1,9 @@
-"""English or Spanish, by the words that only one of them has."""
+"""What a sample is like: English or Spanish, by the words that only one of them has; and whether it repeats itself."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 Language = Literal["English", "Spanish"]
@@ -31,3 +32,9 @@ def language_of(text: str) -> Language | None:
     best = max(LANGUAGES, key=lambda language: counts[language])
     others = max(count for language, count in counts.items() if language != best)
     return best if counts[best] >= _FEWEST and counts[best] > others else None
+
+
+def repetition(tokens: Sequence[int], run: int = 4) -> float:
+    """Share of the runs of ``run`` tokens that stood earlier in ``tokens``: 0 in good prose, near 1 in a loop."""
+    runs = [tuple(tokens[start : start + run]) for start in range(len(tokens) - run + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0

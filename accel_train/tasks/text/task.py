@@ -6,52 +6,74 @@ in the course of training (samples, milliseconds, megabytes) is judged once, at 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Subset
 
-from accel_train.config.sections import ExperimentConfig, canonical_json
+from accel_train.config.sections import ExperimentConfig
 from accel_train.data.permutation import Ids
 from accel_train.data.windows import WindowDataset
 from accel_train.errors import ConfigError
-from accel_train.files.atomic import sha256_file
+from accel_train.files.atomic import sha256_file, sha256_json
 from accel_train.files.shared import INDEX_FILE
-from accel_train.model import size as memory
+from accel_train.model import size
 from accel_train.model.generation import generate
-from accel_train.process.fault_points import SILENT, Observer
-from accel_train.tasks.base import Evaluation, Say, StopCheck, Trained
+from accel_train.process.work import StopCheck, WorkContext, never
+from accel_train.tasks.base import Evaluation, GenerationOptions, Task, Trained
 from accel_train.tasks.criteria import Criterion, Op, Verdict, judge
-from accel_train.tasks.text.inference_cost import DeploymentError, measure_apart
+from accel_train.tasks.text.config import TextConfig
+from accel_train.tasks.text.figures import draw_validation
+from accel_train.tasks.text.inference_cost import InferenceError, measure_apart
 from accel_train.tasks.text.preparation import Preparation, split
-from accel_train.tasks.text.repetition import repetition
-from accel_train.tasks.text.sample_quality import LANGUAGES, Language, language_of
+from accel_train.tasks.text.sample_quality import LANGUAGES, Language, language_of, repetition
 from accel_train.tasks.text.tokenizer import CHAR_VOCAB_SIZE, TOKENIZER_FILE, TextTokenizer
 from accel_train.tasks.text.tokens import Tokens
+from accel_train.tasks.text.writing import judged_prompts, prompt_ids, spread, write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _PROBE_WINDOWS = 256
-_PROMPTS_PER_LANGUAGE, _FEWEST_PROMPTS = 20, 5
 _PROMPT_TOKENS, _CONTINUATION_TOKENS = 24, 64
-_WINDOWS_LOOKED_AT = 400
 _SAMPLE, _JUDGED = range(2)
+_NAMED_LOSS = 5
 
 
-class TextTask:
+class TextTask(Task):
     """Learn to continue a text."""
 
-    def __init__(self, config: ExperimentConfig, observer: Observer = SILENT) -> None:
-        self.config = config
-        self.preparation = Preparation(config, observer)
+    name = "text"
+    Config = TextConfig
+    headline: ClassVar = {"val_loss": "validation loss", "val_bits_per_byte": "bits per byte"}
+    columns: ClassVar = {"LOSS": "final_val_loss", "BPB": "val_bits_per_byte"}
+    curves = ("val_loss", "val_bits_per_byte", "probe_loss", "overfit_gap")
+    own_scalars = frozenset(
+        {"val_bits_per_byte", "overfit_gap", "loss_rises", "repetition", "language", "latency_p95_ms", "rss_mb"}
+    )
+    advice: ClassVar = {
+        "val_loss": "train longer (--epochs) or on more text",
+        "overfit_gap": "use more text, fewer --epochs, or more model.dropout (--config)",
+        "loss_rises": "lower the --learning-rate or use a larger --batch-size",
+        "repetition": "train longer (--epochs) or on more text, or sample with a higher text.temperature (--config)",
+        "language": "train longer (--epochs) or on more text of both languages",
+        "latency_p95_ms": "use a smaller model (--config), or a machine that does nothing else",
+        "rss_mb": "use a smaller model or --vocab-size",
+    }
+    generation_options = frozenset({"num", "prompt", "max_tokens", "temperature", "top_k", "top_p", "seed"})
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        super().__init__(config)
+        self._text: TextConfig = config.section
+        self.preparation = Preparation(config)
         self._context = config.model.max_seq_len
         self._artifacts = Path()
         self._tokens: Tokens | None = None
@@ -63,7 +85,7 @@ class TextTask:
     @property
     def vocab_size(self) -> int:
         """What the configuration asks for, or the fixed size of the character tokenizer."""
-        return CHAR_VOCAB_SIZE if self.config.text.tokenizer == "char" else self.config.text.vocab_size
+        return CHAR_VOCAB_SIZE if self._text.tokenizer == "char" else self._text.vocab_size
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -71,34 +93,25 @@ class TextTask:
         assert self._tokenizer is not None, "open() comes first"
         return self._tokenizer
 
-    def use_tokenizer(self, path: Path) -> None:
-        """Take the tokenizer from a checkpoint: whoever only generates needs no corpus.
-
-        Raises:
-            TokenizerError: it is none.
-            OSError: it cannot be read.
-        """
-        self._tokenizer = TextTokenizer.load(path)
-
     # -- data ------------------------------------------------------------------------------
 
-    def check(self, say: Say, should_stop: StopCheck) -> None:
+    def check(self, work: WorkContext) -> None:
         """Refuse a corpus that is no text and a gate that cannot be passed; warn where memory is short.
 
         Raises:
             ConfigError: the corpus is missing, empty, binary or not UTF-8, or a threshold cannot be met.
             Interrupted: ``should_stop()`` turned true.
         """
-        for warning in memory.warnings(self.config, self.vocab_size):
-            say("warning", warning)
-        gate = self.config.gate
+        for warning in size.warnings(self.config.model, self.config.training, self.vocab_size):
+            work.say("warning", warning)
+        gate = self._text.gate
         if gate.val_loss_threshold == 0:
-            raise ConfigError("gate.val_loss_threshold", 0.0, "can never be met; choose a positive value or null")
-        self.preparation.check(say, should_stop)
+            raise ConfigError("text.gate.val_loss_threshold", 0.0, "can never be met; choose a positive value or null")
+        self.preparation.check(work)
 
-    def build(self, shared: Path, say: Say, should_stop: StopCheck) -> str:
+    def build(self, shared: Path, work: WorkContext) -> str:
         """Fetch or make the corpus, train the tokenizer, write the tokens; or verify and reuse them."""
-        return self.preparation.build(shared, say, should_stop)
+        return self.preparation.build(shared, work)
 
     def open(self, artifacts: str) -> WindowDataset:
         """The training windows, memory-mapped; also opens the held-out ones."""
@@ -106,7 +119,7 @@ class TextTask:
         self._tokens = Tokens(self._artifacts)
         self._tokenizer = TextTokenizer.load(self._artifacts / TOKENIZER_FILE)
         train, val = split(self.config, len(self._tokens))
-        self._train = WindowDataset(self._tokens, self._context, train, self.config.text.stride)
+        self._train = WindowDataset(self._tokens, self._context, train, self._text.stride)
         self._val = WindowDataset(self._tokens, self._context, val)
         return self._train
 
@@ -119,8 +132,8 @@ class TextTask:
     def _held_out(self) -> Ids:
         """Ids of the windows that are validated on."""
         _, val = self._windows
-        batches = self.config.text.val_batches
-        return _spread(len(val), len(val) if batches is None else batches * self.config.training.batch_size)
+        batches = self._text.val_batches
+        return spread(len(val), len(val) if batches is None else batches * self.config.training.batch_size)
 
     def validation(self) -> dict[str, Any]:
         """``val``: the held-out windows; ``probe``: training windows, to compare with in the same mode."""
@@ -128,7 +141,7 @@ class TextTask:
         held_out = self._held_out()
         return {
             "val": Subset(val, held_out.tolist()),
-            "probe": Subset(train, _spread(len(train), min(_PROBE_WINDOWS, len(held_out))).tolist()),
+            "probe": Subset(train, spread(len(train), min(_PROBE_WINDOWS, len(held_out))).tolist()),
         }
 
     def digests(self) -> dict[str, str]:
@@ -139,7 +152,7 @@ class TextTask:
         return {
             "corpus": self._tokens.index.corpus_sha256,
             "tokenizer": self.tokenizer.digest,
-            "tokens": hashlib.sha256(canonical_json(shards).encode()).hexdigest(),
+            "tokens": sha256_json(shards),
         }
 
     def files(self) -> dict[str, bytes]:
@@ -148,11 +161,11 @@ class TextTask:
 
     # -- the gate --------------------------------------------------------------------------
 
-    def preflight(self, say: Say) -> dict[str, Any]:
+    def preflight(self, work: WorkContext) -> dict[str, Any]:
         """What the held-out part is, and what a model that only counts would reach on it."""
         assert self._tokens is not None, "open() comes first"
         train, _ = self._windows
-        index, threshold = self._tokens.index, self.config.gate.val_loss_threshold
+        index, threshold = self._tokens.index, self._text.gate.val_loss_threshold
         held_out = self._held_out()
         counting = self._counting_loss()
         warnings = []
@@ -165,14 +178,14 @@ class TextTask:
         if threshold is not None and counting < threshold:
             warnings.append(
                 f"a model that only knows how frequent each token is already reaches a loss of {counting:.3f} < "
-                f"gate.val_loss_threshold = {threshold:g}: passing would prove little"
+                f"text.gate.val_loss_threshold = {threshold:g}: passing would prove little"
             )
-        say(
+        work.say(
             "preflight",
             f"{len(train):,} windows of {self._context} tokens for training, {len(held_out):,} held out "
-            f"({self.config.text.split_by}); no token is in both",
+            f"({self._text.split_by}); no token is in both",
         )
-        say(
+        work.say(
             "preflight",
             f"knowing only how frequent each token is gives a loss of {counting:.3f} nats per token, "
             f"{counting / self._nats_per_bit():.3f} bits per byte",
@@ -184,9 +197,9 @@ class TextTask:
             epochs=self.config.training.max_epochs,
         )
         named = [f"{c.metric} {c.op} {c.threshold:g}" for c in asked]
-        say("preflight", f"the gate asks {' and '.join(named) or 'nothing'}")
+        work.say("preflight", f"the gate asks {' and '.join(named) or 'nothing'}")
         for warning in warnings:
-            say("warning", warning)
+            work.say("warning", warning)
         return {
             "reachable": True,
             "corpus": asdict(index),
@@ -200,10 +213,10 @@ class TextTask:
         """Cross-entropy on the held-out windows of the token frequencies of (some) training windows."""
         train, val = self._windows
         seen = np.ones(self.vocab_size)
-        _, targets = train.__getitems__(_spread(len(train), 4096))
+        _, targets = train.__getitems__(spread(len(train), 4096))
         seen += np.bincount(targets.numpy().ravel(), minlength=self.vocab_size)
         held_out = self._held_out()
-        _, targets = val.__getitems__(held_out[_spread(len(held_out), 1024)])
+        _, targets = val.__getitems__(held_out[spread(len(held_out), 1024)])
         return float(-np.log(seen / seen.sum())[targets.numpy().ravel()].mean())
 
     def _nats_per_bit(self) -> float:
@@ -220,7 +233,7 @@ class TextTask:
 
     def _criteria(self, *, final: bool, languages: Sequence[Language] = (), epochs: int = 2) -> list[Criterion]:
         """What is asked in the course of training, or at the end of so many whole epochs."""
-        gate = self.config.gate
+        gate = self._text.gate
         asked: list[tuple[str, Op, float | None]] = [
             ("val_loss", "<", gate.val_loss_threshold),
             ("overfit_gap", "<", gate.overfit_gap_threshold),
@@ -236,7 +249,7 @@ class TextTask:
                 asked.append(("language", ">=", gate.language_threshold))
         return [Criterion(metric, op, float(threshold)) for metric, op, threshold in asked if threshold is not None]
 
-    def evaluate(self, model: nn.Module, losses: Mapping[str, float], should_stop: StopCheck) -> Evaluation:
+    def evaluate(self, model: nn.Module, losses: Mapping[str, float], work: WorkContext) -> Evaluation:
         """Bits per byte, overfit gap and a sample; a verdict only where it may end training.
 
         Raises:
@@ -249,30 +262,21 @@ class TextTask:
             "probe_loss": losses["probe"],
             "overfit_gap": val - losses["probe"],
         }
-        samples = [self.sample(model, should_stop)]
-        if not self.config.stop_on_pass:
+        samples = [self.sample(model, work.should_stop)]
+        if not self.stops_on_pass:
             return Evaluation(None, metrics, samples)
         return Evaluation(judge(self._criteria(final=False), metrics), samples=samples)
 
-    def sample(self, model: nn.Module, should_stop: StopCheck = lambda: False) -> str:
+    def sample(self, model: nn.Module, should_stop: StopCheck = never) -> str:
         """The prompt and its continuation: the same random numbers every time."""
-        prompt = self.prompt_ids(self.config.text.prompt)
-        rows = self._continue(model, torch.tensor([prompt]), self.config.text.sample_tokens, _SAMPLE, should_stop)
+        prompt = prompt_ids(self.tokenizer, self._text.prompt)
+        rows = self._continue(model, torch.tensor([prompt]), self._text.sample_tokens, _SAMPLE, should_stop)
         return self.tokenizer.decode(rows[0].tolist())
-
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """The ids of a text that is to be continued.
-
-        Subwords carry the space in front of them: one at the end of a prompt would make the model
-        write a second.
-        """
-        is_char = self.tokenizer.kind == "char"
-        return self.tokenizer.encode(prompt if is_char else prompt.rstrip(" ") or prompt)
 
     def _continue(
         self, model: nn.Module, prompts: torch.Tensor, count: int, stream: int, should_stop: StopCheck
     ) -> torch.Tensor:
-        text = self.config.text
+        text = self._text
         device = next(model.parameters()).device
         seed = int(np.random.SeedSequence([self.config.seed, stream]).generate_state(1, np.uint64)[0] >> 1)
         return generate(
@@ -286,7 +290,7 @@ class TextTask:
             should_stop=should_stop,
         ).cpu()
 
-    def conclude(self, trained: Trained, should_stop: StopCheck) -> Evaluation:
+    def conclude(self, trained: Trained, work: WorkContext) -> Evaluation:
         """Judge the finished model: its losses, its samples in every language of the corpus, its cost.
 
         Raises:
@@ -294,12 +298,12 @@ class TextTask:
         """
         prompts, languages = self._judged_prompts()
         found = sorted({language for language in languages if language is not None})
-        rows = self._continue(trained.model, prompts, _CONTINUATION_TOKENS, _JUDGED, should_stop)
+        rows = self._continue(trained.model, prompts, _CONTINUATION_TOKENS, _JUDGED, work.should_stop)
         continuations = rows[:, prompts.shape[1] :].tolist()
         texts = [self.tokenizer.decode(each) for each in continuations]
         begun = [self.tokenizer.decode(each) for each in prompts.tolist()]
         # Twelve characters are about as much as four subwords.
-        run = 12 if self.config.text.tokenizer == "char" else 4
+        run = 12 if self._text.tokenizer == "char" else 4
         metrics: dict[str, float | None] = dict(trained.evaluation.get("metrics", {}))
         if len(trained.epoch_losses) > 1:
             metrics["loss_rises"] = float(sum(b > a for a, b in itertools.pairwise(trained.epoch_losses)))
@@ -318,10 +322,10 @@ class TextTask:
             metrics["language"] = sum(map(_is_in, texts, languages)) / len(texts)
         reasons = []
         try:
-            deployment = measure_apart(trained.checkpoint, should_stop)
-            metrics |= {"latency_p95_ms": deployment.latency_p95_ms, "rss_mb": deployment.rss_mb}
-            evidence["deployment"] = asdict(deployment)
-        except DeploymentError as error:
+            cost = measure_apart(trained.checkpoint, work.should_stop)
+            metrics |= {"latency_p95_ms": cost.latency_p95_ms, "rss_mb": cost.rss_mb}
+            evidence["deployment"] = asdict(cost)
+        except InferenceError as error:
             metrics |= {"latency_p95_ms": None, "rss_mb": None}
             reasons.append(str(error))
         verdict: Verdict = judge(
@@ -337,30 +341,49 @@ class TextTask:
         return Evaluation(verdict, samples=[f"{b} | {t}" for b, t in zip(begun, texts, strict=True)])
 
     def _judged_prompts(self) -> tuple[torch.Tensor, list[Language | None]]:
-        """Beginnings of held-out windows ``(prompts, time)``: of each language, or of any where there are not both."""
         _, val = self._windows
-        length = max(1, min(_PROMPT_TOKENS, self._context // 2))
-        inputs, _ = val.__getitems__(_spread(len(val), _WINDOWS_LOOKED_AT))
-        languages = [language_of(self.tokenizer.decode(row[:length].tolist())) for row in inputs]
-        counts = Counter(languages)
-        if any(counts[language] < _FEWEST_PROMPTS for language in LANGUAGES):
-            chosen = _spread(len(inputs), len(LANGUAGES) * _PROMPTS_PER_LANGUAGE).tolist()
-            return inputs[chosen, :length], [None] * len(chosen)
-        chosen = []
-        for language in LANGUAGES:
-            places = [place for place, found in enumerate(languages) if found == language]
-            chosen += [places[i] for i in _spread(len(places), _PROMPTS_PER_LANGUAGE)]
-        return inputs[chosen, :length], [languages[place] for place in chosen]
+        return judged_prompts(val, self.tokenizer, max(1, min(_PROMPT_TOKENS, self._context // 2)))
+
+    # -- the record and the model in use ---------------------------------------------------
+
+    def scalars(
+        self, evaluations: Sequence[Mapping[str, Any]], seconds: Sequence[Mapping[str, float]]
+    ) -> dict[str, Any]:
+        """Return the lowest validation loss, and the seconds of training until it first was below 5."""
+        found = {each["step"]: each["metrics"]["val_loss"] for each in evaluations}
+        losses = {step: loss for step, loss in found.items() if loss is not None}
+        if not losses:
+            return {}
+        reached = next((step for step, loss in losses.items() if loss < _NAMED_LOSS), None)
+        took = next(
+            (mark["training_seconds"] for mark in seconds if reached is not None and mark["step"] >= reached), None
+        )
+        return {"best_val_loss": min(losses.values()), f"seconds_to_val_loss_{_NAMED_LOSS}": took}
+
+    def draw(self, axes: Axes, record: Mapping[str, Any]) -> None:
+        """Draw the losses on held-out and on training windows."""
+        draw_validation(axes, record)
+
+    def prepare_generation(self, checkpoint: Path, shared: Path) -> None:
+        """Take the tokenizer from the checkpoint: whoever only generates needs no corpus.
+
+        Raises:
+            TokenizerError: it is none.
+            OSError: it cannot be read.
+        """
+        self._tokenizer = TextTokenizer.load(checkpoint / TOKENIZER_FILE)
+
+    def generate(self, model: nn.Module, options: GenerationOptions) -> Iterator[str]:
+        """Continue a prompt ``options.num`` times, piece by piece as it is written.
+
+        Raises:
+            ConfigError: the prompt is empty.
+        """
+        return write(model, self.tokenizer, self._text, options)
 
 
 def _is_in(text: str, language: Language | None) -> bool:
     return language_of(text) == language
-
-
-def _spread(length: int, count: int) -> Ids:
-    """At most ``count`` places in ``range(length)``, evenly spread, in order."""
-    count = min(length, count)
-    return np.arange(count, dtype=np.int64) * length // max(count, 1)
 
 
 def _percent(share: float) -> str:

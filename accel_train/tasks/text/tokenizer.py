@@ -23,9 +23,16 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tokenizers.trainers import BpeTrainer, UnigramTrainer
 
 from accel_train.errors import TokenizerError
-from accel_train.tasks.text.normalize import ALPHABET, UNKNOWN
 
 Kind = Literal["char", "bpe", "unigram"]
+
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+"""Stands for a character outside the alphabet."""
+
+ALPHABET = "\t\n" + "".join(map(chr, range(32, 127)))
+"""What the character tokenizer knows: tab, newline and printable ASCII."""
+
+_KNOWN = frozenset(ALPHABET)
 
 TOKENIZER_FILE = "tokenizer.json"
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eos>")
@@ -148,8 +155,16 @@ class TextTokenizer:
         return self._id_of[np.minimum(points, 127)]
 
 
+def normalize_text(text: str) -> str:
+    """``text`` with every character outside :data:`ALPHABET` replaced by :data:`UNKNOWN`.
+
+    Its length does not change, and normalizing twice is normalizing once.
+    """
+    return "".join([character if character in _KNOWN else UNKNOWN for character in text])
+
+
 def char_tokenizer() -> TextTokenizer:
-    """The character tokenizer: ``<PAD>``, ``<UNK>``, then :data:`~accel_train.tasks.text.normalize.ALPHABET`."""
+    """The character tokenizer: ``<PAD>``, ``<UNK>``, then :data:`ALPHABET`."""
     vocabulary = {token: number for number, token in enumerate([*CHAR_SPECIAL_TOKENS, *ALPHABET])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<UNK>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")

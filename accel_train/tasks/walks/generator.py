@@ -101,7 +101,7 @@ def generate_walks(
         accepted += finished.shape[1]
         if attempts >= 100 / MIN_ACCEPTANCE and accepted < MIN_ACCEPTANCE * attempts:
             raise ConfigError(
-                "rules.jumpers_per_block",
+                "walks.rules.jumpers_per_block",
                 len(rules) // graph.num_blocks,
                 f"gives rules that contradict each other: {accepted} of {attempts} walks of {walk_length} vertices "
                 "could be finished; use fewer jumpers, longer jumps, shorter walks or a denser graph",

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
-from accel_train.config.sections import GraphConfig
 from accel_train.errors import ConfigError
+from accel_train.tasks.walks.config import GraphConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,10 +73,11 @@ def generate_graph(config: GraphConfig, seed: int) -> Graph:
             blocks = np.repeat(np.arange(config.K), config.n // config.K)
             return Graph(adjacency, blocks, seed + attempt, attempt + 1)
     raise ConfigError(
-        "graph.p_in",
+        "walks.graph.p_in",
         config.p_in,
-        f"with graph.p_out = {config.p_out} gave no strongly connected graph of {config.n} vertices "
-        f"in {config.max_attempts} attempts; raise graph.p_in or graph.p_out or lower graph.degree_exponent",
+        f"with walks.graph.p_out = {config.p_out} gave no strongly connected graph of {config.n} vertices "
+        f"in {config.max_attempts} attempts; raise walks.graph.p_in or walks.graph.p_out, or lower "
+        "walks.graph.degree_exponent",
     )
 
 

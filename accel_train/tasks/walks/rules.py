@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from accel_train.config.sections import RulesConfig
 from accel_train.errors import ConfigError
+from accel_train.tasks.walks.config import RulesConfig
 from accel_train.tasks.walks.graph import Graph
 
 
@@ -56,11 +56,11 @@ def designate_rules(graph: Graph, config: RulesConfig, context_length: int, seed
             vertex = next((v for v in candidates if reachable[length][v].sum() >= 2), None)
             if vertex is None:
                 raise ConfigError(
-                    "rules.jump_scales" if config.jump_lengths is None else "rules.jump_lengths",
+                    config.source,
                     length,
                     f"leaves no jumper in block {block} whose walks can be in two blocks after exactly {length} "
-                    "steps, so the rule would say nothing; use another length or fewer rules.jumpers_per_block, "
-                    "or raise graph.p_out",
+                    "steps, so the rule would say nothing; use another length or fewer walks.rules.jumpers_per_block, "
+                    "or raise walks.graph.p_out",
                 )
             candidates.remove(vertex)
             targets = np.flatnonzero(reachable[length][vertex])

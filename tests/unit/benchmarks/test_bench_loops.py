@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from accel_train.config.sections import ModelConfig
+from accel_train.model.size import count_parameters
 from accel_train.model.transformer import TransformerLM
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -216,5 +217,5 @@ def test_the_model_that_peers_train_is_ours_in_plain_pytorch():
     plain, ours = bench_peers.plain_model(), bench_peers.our_model()
     tokens = torch.randint(bench_loops.VOCAB, (2, 64))
     torch.testing.assert_close(plain(tokens), ours(tokens), atol=1e-5, rtol=1e-5)
-    assert sum(p.numel() for p in plain.parameters()) == ours.num_parameters
+    assert count_parameters(plain) == ours.num_parameters
     assert not any(type(module).__module__.startswith("accel_train") for module in plain.modules())

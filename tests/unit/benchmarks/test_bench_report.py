@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import bench  # noqa: E402
 import bench_report  # noqa: E402
 
 MACHINE = {"cores": 2, "processor": "a processor", "gpu": None, "python": "3.11", "versions": {"torch": "2.13"}}
@@ -49,7 +51,7 @@ def test_what_was_not_measured_says_so():
     assert table.count("not measured") == len(bench_report.TARGETS) - 1
 
 
-def test_only_what_stands_between_the_markers_is_replaced_and_earlier_figures_stay(tmp_path, monkeypatch):
+def test_text_outside_the_markers_and_earlier_figures_stay(tmp_path, monkeypatch):
     document = tmp_path / "doc.md"
     document.write_text(f"before\n{bench_report.BEGIN}\nold\n{bench_report.END}\nafter\n")
     document.with_suffix(".json").write_text(json.dumps({"memory": figures(ratio=1.07)}))
@@ -132,3 +134,20 @@ def test_a_benchmark_that_fails_ends_it(monkeypatch):
     monkeypatch.setattr(bench_report, "ROOT", ROOT / "nowhere")
     with pytest.raises((SystemExit, OSError)):
         bench_report.measure("resume")
+
+
+def test_measure_runs_bench_py_and_dates_its_figures(monkeypatch):
+    def run(line, **options):
+        assert Path(line[1]) == ROOT / "benchmarks" / "bench.py"
+        assert Path(line[1]).is_file()
+        return subprocess.CompletedProcess(line, 0, stdout=json.dumps({"arguments": line[2:]}))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    found = bench_report.measure("resume")
+    assert found["arguments"] == ["resume", "--json"]
+    assert len(found["date"]) == len("2026-01-01")
+
+
+def test_every_target_is_of_a_benchmark_that_exists():
+    measured_elsewhere = {"gpu_gate"}
+    assert {target.benchmark for target in bench_report.TARGETS} <= {*bench.BENCHMARKS, *measured_elsewhere}

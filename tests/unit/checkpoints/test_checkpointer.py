@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import shutil
 import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
 
 from accel_train.checkpoints import checkpointer as module
-from accel_train.checkpoints.checkpointer import derive_rank_seed, rng_digest
 from accel_train.checkpoints.manifest import list_checkpoints, newest_sound, survey, verify, write_manifest
-from accel_train.checkpoints.state import TrainingState
-from accel_train.config.sections import CheckpointConfig, TrainingConfig, canonical_json
-from accel_train.errors import CheckpointError, NewerFormat
-from accel_train.process.fault_points import COMMIT_BEGUN, Observer
+from accel_train.checkpoints.random_states import rng_digest
+from accel_train.config.sections import CheckpointConfig, TrainingConfig
+from accel_train.errors import CheckpointError, CheckpointMismatch, CheckpointsDamaged, NewerFormat
+from accel_train.files.atomic import sha256_json
+from accel_train.process.fault_points import COMMIT_BEGUN
 from accel_train.training.callbacks import Callback
+from accel_train.training.services import Services
 from accel_train.training.trainer import Trainer
 
 CONFIG = TrainingConfig(max_epochs=3, batch_size=8, log_interval=2)
@@ -46,7 +45,7 @@ def directory(tmp_path):
 
 
 def test_a_checkpoint_holds_the_files_of_the_contract_and_their_digests(train, directory):
-    train(extra_files={"config.yaml": b"seed: 1\n"})
+    train(services=Services(extra_files={"config.yaml": b"seed: 1\n"}))
     path = directory / "step_0000015"
     manifest = json.loads((path / "manifest.json").read_text())
     assert set(manifest) == {
@@ -62,7 +61,7 @@ def test_a_checkpoint_holds_the_files_of_the_contract_and_their_digests(train, d
         content = (path / name).read_bytes()
         assert entry == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     stated = manifest.pop("self_sha256")
-    assert stated == hashlib.sha256(canonical_json(manifest).encode()).hexdigest()
+    assert stated == sha256_json(manifest)
     assert manifest["rng"] == [{"rank": 0, "sha256": rng_digest(torch.device("cpu"))}]
 
 
@@ -107,8 +106,9 @@ def test_when_all_are_damaged_nothing_restarts_silently(train, directory):
     for _, path in list_checkpoints(directory):
         (path / "model.safetensors").write_bytes(b"")
     for _ in range(2):
-        with pytest.raises(CheckpointError, match=r"every checkpoint .*step_0000015.*step_0000005.*--fresh"):
+        with pytest.raises(CheckpointsDamaged, match=r"every checkpoint .*step_0000015.*step_0000005.*start over"):
             train()
+    assert not list(directory.glob(".damaged-*"))
 
 
 def test_leftovers_of_a_killed_save_are_swept_and_never_used(train, directory):
@@ -122,7 +122,7 @@ def test_leftovers_of_a_killed_save_are_swept_and_never_used(train, directory):
 
 def test_a_checkpoint_of_another_configuration_is_refused(train):
     train()
-    with pytest.raises(CheckpointError, match="written under configuration"):
+    with pytest.raises(CheckpointMismatch, match="written under configuration"):
         train(TrainingConfig(max_epochs=3, batch_size=8, learning_rate=0.5))
 
 
@@ -130,17 +130,17 @@ def test_a_random_state_that_was_not_restored_is_noticed(train, directory, monke
     """Accelerate swallows the error; the live digest does not lie."""
     train(TrainingConfig(max_epochs=1, batch_size=8))
     monkeypatch.setattr(torch, "set_rng_state", lambda state: None)
-    with pytest.raises(CheckpointError, match=r"random state of rank \[0\] was not restored"):
+    with pytest.raises(CheckpointMismatch, match=r"random state of rank \[0\] was not restored"):
         train(TrainingConfig(max_epochs=1, batch_size=8))
 
 
-def test_a_resume_under_another_arithmetic_is_refused_with_both_values(train, directory, monkeypatch):
+def test_resume_under_another_arithmetic_is_refused(train, directory, monkeypatch):
     train(TrainingConfig(max_epochs=1, batch_size=8))
     monkeypatch.setattr(
         "accel_train.training.trainer.arithmetic",
         lambda accelerator: {"mixed_precision": "bf16", "compilation": "no", "sharding": "none"},
     )
-    with pytest.raises(CheckpointError, match="mixed_precision = 'no', this launch has 'bf16'"):
+    with pytest.raises(CheckpointMismatch, match="mixed_precision = 'no', this launch has 'bf16'"):
         train(TrainingConfig(max_epochs=1, batch_size=8))
 
 
@@ -175,7 +175,7 @@ def test_a_failed_save_leaves_the_earlier_checkpoint_intact(train, directory, mo
     assert train(checkpoint=CheckpointConfig(every_steps=2)).state.step == 15
 
 
-class Held(Observer):
+class Held:
     """Keeps the commits of some checkpoints waiting at their begin."""
 
     def __init__(self, *held: int) -> None:
@@ -209,7 +209,11 @@ class Noted(Callback):
 def test_training_goes_on_while_a_checkpoint_is_committed(train, directory):
     held = Held(1)
     noted = Noted(directory, lambda step: held.free.set() if step == 4 else None)
-    train(checkpoint=CheckpointConfig(every_steps=2, keep_last=9), callbacks=[noted], observer=held)
+    train(
+        checkpoint=CheckpointConfig(every_steps=2, keep_last=9),
+        callbacks=[noted],
+        services=Services(reached=held.reached),
+    )
     assert noted.seen[3] == [], "the loop waited for the commit"
     assert [step for step, _ in list_checkpoints(directory)] == [2, 4, 5, 6, 8, 10, 12, 14, 15]
     # Reported by the save after it, or at the end: when it stands for sure.
@@ -222,7 +226,11 @@ def test_a_save_waits_for_the_one_before(train, directory):
     held = Held(1)
     threading.Timer(0.5, held.free.set).start()
     started = time.monotonic()
-    train(TrainingConfig(max_steps=2, batch_size=8), checkpoint=CheckpointConfig(every_steps=1), observer=held)
+    train(
+        TrainingConfig(max_steps=2, batch_size=8),
+        checkpoint=CheckpointConfig(every_steps=1),
+        services=Services(reached=held.reached),
+    )
     assert time.monotonic() - started > 0.4
     assert [step for step, _ in list_checkpoints(directory)] == [1, 2]
 
@@ -260,7 +268,11 @@ def test_a_run_that_fails_still_commits_the_save_in_flight(train, directory):
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        train(checkpoint=CheckpointConfig(every_steps=2), callbacks=[Noted(directory, fail)], observer=held)
+        train(
+            checkpoint=CheckpointConfig(every_steps=2),
+            callbacks=[Noted(directory, fail)],
+            services=Services(reached=held.reached),
+        )
     assert newest_sound(directory) == directory / "step_0000002"
 
 
@@ -274,7 +286,7 @@ def test_rotation_that_fails_costs_nothing_but_space(train, directory, monkeypat
     assert [step for step, _ in list_checkpoints(directory)] == [15]
 
 
-def test_verifying_sizes_alone_overlooks_a_flipped_byte_and_nothing_else(train, directory):
+def test_verifying_sizes_overlooks_only_a_flipped_byte(train, directory):
     train()
     sizes = CheckpointConfig(verify="size")
     file = directory / "step_0000015" / "model.safetensors"
@@ -294,26 +306,14 @@ def test_when_all_are_damaged_a_restart_must_be_asked_for(train, directory, capl
     expected = train().state.train_loss
     for _, path in list_checkpoints(directory):
         (path / "optimizer.bin").unlink()
-    again = train(restart=True)
+    again = train(services=Services(restart=True))
     assert "starts over at step 0" in caplog.text
     assert (again.state.resumes, again.state.train_loss) == ([], expected)
     assert len(list(directory.glob(".damaged-*"))) == 3
     assert [step for step, _ in list_checkpoints(directory)] == [5, 10, 15]
 
 
-@pytest.mark.parametrize("field", ["files", "rng", "step"])
-def test_a_manifest_without_a_field_is_damage_even_when_its_digest_holds(train, directory, field):
-    train()
-    path = directory / "step_0000015" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["self_sha256"], manifest[field]
-    manifest["self_sha256"] = hashlib.sha256(canonical_json(manifest).encode()).hexdigest()
-    path.write_text(json.dumps(manifest))
-    assert verify(path.parent) == [f"{path} has no usable field {field!r}"]
-    assert train().state.resumes[-1]["step"] == 10
-
-
-def test_a_survey_tells_the_sound_from_the_damaged_and_the_set_aside(train, directory):
+def test_survey_of_a_run_tells_sound_damaged_and_set_aside(train, directory):
     train()
     (directory / "step_0000005").rename(directory / ".damaged-step_0000005-ab12")
     file = directory / "step_0000010" / "scheduler.bin"
@@ -331,43 +331,13 @@ def test_a_survey_tells_the_sound_from_the_damaged_and_the_set_aside(train, dire
     assert survey(directory / "missing") == []
 
 
-@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: torch.rand(1)])
-def test_the_rng_digest_sees_every_generator(draw):
-    before = rng_digest(torch.device("cpu"))
-    assert rng_digest(torch.device("cpu")) == before
-    draw()
-    assert rng_digest(torch.device("cpu")) != before
-
-
-def test_new_ranks_get_random_states_of_their_own():
-    seeds = {derive_rank_seed(42, step, rank) for step in range(10) for rank in range(10)}
-    assert len(seeds) == 100
-    assert derive_rank_seed(42, 3, 1) == derive_rank_seed(42, 3, 1)
-
-
-def test_the_training_state_survives_a_round_trip(tmp_path):
-    state = TrainingState(step=2, epoch=1, fingerprint=2**64 - 1, train_loss=[0.1, 1 / 3], world_sizes=[1, 2])
-    state.save(tmp_path)
-    assert TrainingState.load(tmp_path) == state
-
-
-def test_a_training_state_of_another_version_or_with_missing_losses_is_refused(tmp_path):
-    TrainingState(step=2, train_loss=[0.1]).save(tmp_path)
-    with pytest.raises(ValueError, match="1 losses for 2 steps"):
-        TrainingState.load(tmp_path)
-    values = json.loads((tmp_path / "state.json").read_text())
-    (tmp_path / "state.json").write_text(json.dumps({**values, "novelty": 1}))
-    with pytest.raises(ValueError, match="novelty"):
-        TrainingState.load(tmp_path)
-
-
-def test_a_newer_format_is_not_damage_and_nothing_is_trained_over_it(train, directory):
+def test_newer_format_stops_the_launch_and_stays_in_place(train, directory):
     train()
     path = directory / "step_0000015" / "manifest.json"
     manifest = json.loads(path.read_text())
     del manifest["self_sha256"]
     manifest["format_version"] = 2
-    manifest["self_sha256"] = hashlib.sha256(canonical_json(manifest).encode()).hexdigest()
+    manifest["self_sha256"] = sha256_json(manifest)
     path.write_text(json.dumps(manifest))
     with pytest.raises(NewerFormat, match="update accel_train"):
         train()
@@ -376,7 +346,7 @@ def test_a_newer_format_is_not_damage_and_nothing_is_trained_over_it(train, dire
 
 
 @pytest.mark.parametrize("error", [SafetensorError("No space left"), RuntimeError("unexpected pos 576 vs 534")])
-def test_a_write_that_fails_leaves_no_torn_files_and_says_what_to_look_at(train, directory, monkeypatch, error):
+def test_failed_write_leaves_no_files_and_names_the_free_space(train, directory, monkeypatch, error):
     def fail(accelerator, output_dir, **kwargs):
         Path(output_dir).mkdir(parents=True)
         raise error

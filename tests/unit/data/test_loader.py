@@ -26,7 +26,7 @@ def drawn(seed: int) -> list[list[float]]:
     return [row.tolist() for _, batch in loader for row in batch]
 
 
-def test_workers_are_seeded_from_the_run_and_differ_from_each_other() -> None:
+def test_workers_are_seeded_by_the_run_and_differ() -> None:
     first = drawn(1)
     assert drawn(1) == first
     assert drawn(2) != first
@@ -34,7 +34,7 @@ def test_workers_are_seeded_from_the_run_and_differ_from_each_other() -> None:
         assert len({row[generator] for row in first}) == 8, "two workers drew the same numbers"
 
 
-def test_a_ready_batch_passes_through_and_the_ids_stay_on_the_host() -> None:
+def test_a_collated_batch_is_kept_with_its_ids_on_the_host() -> None:
     class Ready:
         def __len__(self) -> int:
             return 8

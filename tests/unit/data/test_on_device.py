@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from accel_train.data import on_device as module
-from accel_train.data.on_device import ResidentSamples, resident
-from accel_train.data.windows import WalkDataset, WindowDataset, split_corpus
+from accel_train.data.on_device import SamplesOnDevice, copy_to_device
+from accel_train.data.windows import WindowDataset, split_corpus
 from accel_train.tasks.text.builtin import builtin_text
 from accel_train.tasks.text.tokenizer import train_tokenizer
 from accel_train.tasks.text.tokens import Tokens, write_tokens
+from accel_train.tasks.walks.dataset import WalkDataset
 
 CPU = torch.device("cpu")
 
@@ -28,7 +29,7 @@ def windows() -> WindowDataset:
 
 
 def assert_same(dataset, block: int | None = None) -> None:
-    copy = ResidentSamples(dataset, CPU)
+    copy = SamplesOnDevice(dataset, CPU)
     assert len(copy) == len(dataset)
     ids = np.random.default_rng(1).permutation(len(dataset))
     for ours, theirs in zip(copy.__getitems__(ids), dataset.__getitems__(ids), strict=True):
@@ -57,18 +58,18 @@ def test_a_dataset_may_need_more_than_a_file_of_16_bits_holds(monkeypatch):
 @pytest.mark.parametrize("ids", [[-1], [30]])
 def test_an_id_outside_is_an_error_and_no_read_elsewhere(ids):
     with pytest.raises(IndexError, match="sample ids must lie in"):
-        ResidentSamples(walks(), CPU).__getitems__(np.array(ids))
+        SamplesOnDevice(walks(), CPU).__getitems__(np.array(ids))
 
 
 def test_only_what_fits_on_a_gpu_goes_there(monkeypatch):
     copied = []
-    monkeypatch.setattr(module, "ResidentSamples", lambda dataset, device: copied.append(dataset) or "copy")
+    monkeypatch.setattr(module, "SamplesOnDevice", lambda dataset, device: copied.append(dataset) or "copy")
     free = 4 * walks().stream_length * 4
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
     gpu = torch.device("cuda")
-    assert resident(walks(), gpu) == "copy"
+    assert copy_to_device(walks(), gpu) == "copy"
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free - 1, 2 * free))
-    assert resident(walks(), gpu) is None
-    assert resident(walks(), CPU) is None
-    assert resident([1, 2, 3], gpu) is None
+    assert copy_to_device(walks(), gpu) is None
+    assert copy_to_device(walks(), CPU) is None
+    assert copy_to_device([1, 2, 3], gpu) is None
     assert len(copied) == 1

@@ -20,7 +20,7 @@ def test_digest_is_that_of_the_content(tmp_path):
     assert sha256_file(path) == hashlib.sha256(b"x" * 1_000_003).hexdigest()
 
 
-def test_atomic_write_replaces_the_content_and_leaves_nothing_else(tmp_path):
+def test_atomic_write_replaces_the_content(tmp_path):
     path = tmp_path / "a"
 
     write_atomic(path, b"old")
@@ -48,7 +48,7 @@ def test_failed_write_keeps_the_old_content(tmp_path, monkeypatch):
     assert names(tmp_path) == ["a"]
 
 
-def test_leavings_of_a_killed_writer_are_replaced_by_the_next_write(tmp_path, monkeypatch):
+def test_next_write_replaces_leftovers_of_a_killed_writer(tmp_path, monkeypatch):
     path = tmp_path / "a"
 
     class Killed(BaseException):
@@ -66,7 +66,7 @@ def test_leavings_of_a_killed_writer_are_replaced_by_the_next_write(tmp_path, mo
     assert names(tmp_path) == ["a"]
 
 
-def test_content_reaches_the_disk_before_the_name_and_the_name_before_the_return(tmp_path, monkeypatch):
+def test_content_is_on_disk_before_the_name_changes(tmp_path, monkeypatch):
     events = []
     fsync, replace = os.fsync, type(tmp_path).replace
 

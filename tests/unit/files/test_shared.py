@@ -1,4 +1,4 @@
-"""Shared artifacts are built once, whole, and verified by everyone else."""
+"""Shared directories are built once, complete, and verified by everyone else."""
 
 import json
 import os
@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from accel_train.errors import Interrupted
-from accel_train.files import shared as cache
+from accel_train.files import sealed
 from accel_train.files.shared import INDEX_FILE, cached, damage
+from accel_train.process.fault_points import CORPUS_BEGUN, CORPUS_BUILT
+from accel_train.process.work import WorkContext
 
 BUILD_AND_STALL = """
 import sys
@@ -130,20 +132,22 @@ def test_failed_build_leaves_nothing_and_passes_its_error_on(tmp_path):
 
 def test_name_is_given_only_when_everything_is_on_disk(tmp_path, monkeypatch):
     events = []
-    for name in ("fsync_file", "fsync_directory"):
-        primitive = getattr(cache, name)
+    for name in ("fsync_file", "fsync_directory", "write_atomic"):
+        primitive = getattr(sealed, name)
         monkeypatch.setattr(
-            cache,
+            sealed,
             name,
-            lambda path, primitive=primitive: (
+            lambda path, *content, primitive=primitive: (
                 events.append((path.name, (tmp_path / "key").exists())),
-                primitive(path),
+                primitive(path, *content),
             ),
         )
 
     cached(tmp_path, "key", build)
 
-    assert events == [("a.bin", False), ("b.txt", False), ("sub", False), (tmp_path.name, True)]
+    before, after = [event for event, committed in events if not committed], events[-1]
+    assert before == ["a.bin", "b.txt", "sub", INDEX_FILE]
+    assert after == (tmp_path.name, True)
 
 
 @pytest.mark.parametrize("next_key", ["key", "another"])
@@ -194,20 +198,21 @@ def test_two_builders_at_once_build_once(tmp_path):
 def test_waiting_is_reported_bounded_and_can_be_stopped(tmp_path):
     builder = start(BUILD_AND_STALL, tmp_path, "key")
     lines = []
+    work = WorkContext(say=lambda phase, what: lines.append((phase, what)))
     try:
         assert builder.stdout.readline() == "building\n"
         with pytest.raises(TimeoutError, match="locked by another process"):
-            cached(tmp_path, "key", must_not_build, lock_timeout=0.2, on_wait=lines.append)
+            cached(tmp_path, "key", must_not_build, work, "tokens", lock_timeout=0.2)
         with pytest.raises(Interrupted):
-            cached(tmp_path, "key", must_not_build, should_stop=lambda: True)
+            cached(tmp_path, "key", must_not_build, WorkContext(should_stop=lambda: True))
     finally:
         builder.kill()
         builder.communicate()
-    assert len(lines) == 1
-    assert str(tmp_path / "key") in lines[0]
+    assert [phase for phase, _ in lines] == ["tokens"]
+    assert str(tmp_path / "key") in lines[0][1]
 
 
-def test_kill_while_a_damaged_artifact_is_removed_leaves_nothing_that_counts(tmp_path, monkeypatch):
+def test_kill_during_removal_of_a_damaged_artifact(tmp_path, monkeypatch):
     path = cached(tmp_path, "key", build)
     flip_a_bit(path)
 
@@ -225,6 +230,33 @@ def test_kill_while_a_damaged_artifact_is_removed_leaves_nothing_that_counts(tmp
 
     cached(tmp_path, "key", build)
     assert visible(tmp_path) == ["key"]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_artifact_of_another_host_that_was_first(tmp_path, damaged):
+    """Where the lock does not reach the other host: a sound directory is used, a damaged one is an error."""
+
+    def build_late(directory):
+        (directory / "a.bin").write_bytes(b"mine")
+        other = tmp_path / "other" / "key"
+        cached(other.parent, "key", build)
+        if damaged:
+            flip_a_bit(other)
+        other.rename(root / "key")
+
+    root = tmp_path / "root"
+    if damaged:
+        with pytest.raises(OSError, match="could not be built"):
+            cached(root, "key", build_late)
+    else:
+        assert (cached(root, "key", build_late) / "a.bin").read_bytes() == b"content"
+    assert visible(root) == ["key"]
+
+
+def test_fault_points_are_passed_on_in_order(tmp_path):
+    reached = []
+    cached(tmp_path, "key", lambda _: reached.append("build"), WorkContext(reached=reached.append))
+    assert reached == [CORPUS_BEGUN, "build", CORPUS_BUILT]
 
 
 @pytest.mark.parametrize("key", ["", ".hidden", "a/b"])

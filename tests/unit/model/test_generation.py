@@ -5,7 +5,7 @@ from torch import nn
 from accel_train.config.sections import ModelConfig
 from accel_train.errors import Interrupted
 from accel_train.model import generation, transformer
-from accel_train.model.generation import _PlainLogits, _sample, _Sampling, default_batch, generate, stream
+from accel_train.model.generation import _sample, _Sampling, _UncachedLogits, default_batch, generate, stream
 from accel_train.model.transformer import TransformerLM
 
 VOCAB, CONTEXT = 11, 12
@@ -97,7 +97,7 @@ class TestGreedy:
 
         model, prompts = tiny(positions), some_prompts()
         expected = generate(model, prompts, length)
-        monkeypatch.setattr(generation, "_worth_recording", lambda *_: True)
+        monkeypatch.setattr(generation, "_should_record", lambda *_: True)
         monkeypatch.setattr(generation, "capture", capture)
         found = generate(model, prompts, length, batch_size=batch_size)
         assert torch.equal(found, expected)
@@ -112,7 +112,7 @@ class TestGreedy:
 
         model, prompts = tiny(), some_prompts()
         expected = generate(model, prompts, 3 * CONTEXT)
-        monkeypatch.setattr(generation, "_worth_recording", lambda *_: True)
+        monkeypatch.setattr(generation, "_should_record", lambda *_: True)
         monkeypatch.setattr(generation, "capture", capture)
         assert torch.equal(generate(model, prompts, 3 * CONTEXT), expected)
         assert [record.getMessage() for record in caplog.records] == [
@@ -120,24 +120,11 @@ class TestGreedy:
             "operation not permitted when stream is capturing"
         ]
 
-    def test_a_recorded_token_has_the_logits_of_any_other(self):
-        model, tokens = tiny("rotary"), some_prompts(length=7)
-        usual = model.new_cache(6, CONTEXT)
-        static = transformer.StaticCache(model.config, 6, CONTEXT, model.token_embedding.weight.detach())
-        model.extend(tokens[:, :6], usual)
-        model.extend(tokens[:, :6], static)
-        static.position.fill_(6)
-        with torch.no_grad():
-            for _ in range(2):  # once more changes nothing: the length is where it was
-                logits = model.one_more(tokens[:, 6:], static)
-        torch.testing.assert_close(logits, model.extend(tokens[:, 6:], usual), atol=1e-10, rtol=1e-10)
-        assert static.length == 6
-
     @pytest.mark.parametrize(
         ("device", "to_come", "worth"), [("cuda", 16, True), ("cuda", 15, False), ("cpu", 99, False)]
     )
     def test_recording_has_to_pay(self, device, to_come, worth):
-        assert generation._worth_recording(torch.device(device), to_come) is worth
+        assert generation._should_record(torch.device(device), to_come) is worth
 
     def test_every_token_is_the_most_likely_one(self):
         model = tiny()
@@ -178,7 +165,7 @@ class TestDefaultBatch:
         assert default_batch(tiny(), 9, CPU) == 1024
         assert default_batch(Bigram(torch.zeros(3, 3)), 9, CPU) == 1024
 
-    def test_is_smaller_where_keys_and_values_would_take_more_than_a_gibibyte(self):
+    def test_keys_and_values_take_at_most_a_gibibyte(self):
         config = ModelConfig(d_model=256, n_layers=8, n_heads=2, max_seq_len=1024)
         model = TransformerLM(config, 1000)
         size = default_batch(model, 4000, CPU)
@@ -214,7 +201,7 @@ class TestWindow:
         generate(Watched(tiny()), some_prompts(1, 10), 22)
         assert starts == [10, 11, 12, 6, 7, 8, 9, 10, 11, 12, 6, 7]
 
-    def test_a_prompt_longer_than_the_context_is_cut_to_its_last_half(self):
+    def test_a_prompt_beyond_the_context_is_cut_to_its_last_half(self):
         model, prompts = tiny(), some_prompts(length=20)
         assert torch.equal(generate(model, prompts, 24)[:, 20:], generate(model, prompts[:, -6:], 10)[:, 6:])
 
@@ -316,11 +303,11 @@ def test_bad_arguments_are_refused(arguments, message):
         generate(tiny(), **{"prompts": some_prompts(), "length": 9, **arguments})
 
 
-def test_the_cache_free_path_reads_what_hugging_face_models_return():
+def test_outputs_of_hugging_face_models_are_read():
     class Output:
         logits = torch.zeros(1, 2, VOCAB)
 
-    assert _PlainLogits(lambda tokens: Output, some_prompts(1, 2))(2).shape == (1, VOCAB)
+    assert _UncachedLogits(lambda tokens: Output, some_prompts(1, 2))(2).shape == (1, VOCAB)
 
 
 class TestRestrictedSampling:
@@ -368,7 +355,7 @@ class TestStream:
         streamed = list(stream(model, prompts[0].tolist(), count, generator=seeded(3), **options))
         assert streamed == whole[0, prompts.shape[1] :].tolist()
 
-    def test_between_tokens_gradients_are_as_whoever_takes_them_left_them(self):
+    def test_stream_leaves_the_callers_gradient_mode(self):
         for _ in stream(tiny(), [1, 2], 3, temperature=0.0):
             assert torch.is_grad_enabled()
 

@@ -160,7 +160,7 @@ def test_tied_weights_are_one_parameter():
 
 
 @pytest.mark.parametrize("changes", [{}, {"positions": "rotary"}, {"tie_embeddings": True}])
-def test_every_parameter_gets_a_gradient_and_there_are_no_buffers(changes):
+def test_every_parameter_gets_a_gradient_without_buffers(changes):
     model = tiny(**changes)
     model(some_tokens()).logsumexp(-1).sum().backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []

@@ -8,8 +8,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from accel_train.config.sections import GateConfig
-from accel_train.pipeline.reports import _ADVICE, advice, load_metrics_schema, training_metrics
+from accel_train.pipeline.reports import advice, load_metrics_schema, training_metrics
+from accel_train.tasks.text.config import GateConfig
+from accel_train.tasks.text.task import TextTask
 
 
 def record(steps: int, per_epoch: int, evaluated: list[int]) -> dict[str, Any]:
@@ -18,7 +19,7 @@ def record(steps: int, per_epoch: int, evaluated: list[int]) -> dict[str, Any]:
         "experiment_id": "e",
         "run_id": "r",
         "config_hash": "0" * 64,
-        "config": dict.fromkeys(["task", "seed", "text", "model", "training", "gate"]),
+        "config": dict.fromkeys(["task", "seed", "text", "model", "training"]),
         "curves": {
             "train_loss": losses,
             "evaluation_step": evaluated,
@@ -60,8 +61,7 @@ def test_every_epoch_has_its_losses_and_its_last_evaluation(
 
 def test_every_criterion_that_can_be_missed_has_its_own_advice() -> None:
     thresholds = {name.removesuffix("_threshold") for name in vars(GateConfig()) if name.endswith("_threshold")}
-    walks = {"edge", "rule", "sampled_rule", "rule_lift"}
-    assert set(_ADVICE) == thresholds - walks
+    assert set(TextTask.advice) == thresholds
 
 
 def test_advice_is_for_what_was_missed() -> None:
@@ -70,6 +70,7 @@ def test_advice_is_for_what_was_missed() -> None:
         {"metric": "overfit_gap", "passed": False},
         {"metric": "rss_mb", "passed": False},
     ]
-    assert advice({"criteria": rows}) == (
-        f"{_ADVICE['overfit_gap']}; {_ADVICE['rss_mb']}; or change the gate in the configuration (--config)"
+    assert advice(TextTask.advice, {"criteria": rows}) == (
+        f"{TextTask.advice['overfit_gap']}; {TextTask.advice['rss_mb']}; "
+        "or change the gate in the configuration (--config)"
     )

@@ -1,4 +1,4 @@
-"""Work that cannot be asked to stop is left behind."""
+"""What long work needs from outside: to speak, to stop, to wait, and to be left behind."""
 
 from __future__ import annotations
 
@@ -9,14 +9,77 @@ from collections.abc import Callable
 import pytest
 
 from accel_train.errors import Interrupted
-from accel_train.process.work import abandonable
+from accel_train.process import work as module
+from accel_train.process.work import SILENT, WorkContext, abandonable, never, wait_for
 
 
-def never() -> bool:
-    return False
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds, which pass in sleep alone."""
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(module.time, "sleep", sleep)
+    return now
 
 
-def test_its_result_and_its_error_are_the_caller_s() -> None:
+def test_silent_work_runs_to_its_end() -> None:
+    SILENT.say("phase", "what")
+    SILENT.reached("point")
+    SILENT.check()
+
+
+def test_check_raises_once_the_work_is_to_stop() -> None:
+    answers = iter([False, True])
+    work = WorkContext(should_stop=lambda: next(answers))
+    work.check()
+    with pytest.raises(Interrupted):
+        work.check()
+
+
+def test_saying_names_its_phase() -> None:
+    said: list[tuple[str, str]] = []
+    WorkContext(say=lambda phase, what: said.append((phase, what))).saying("lock")("waiting")
+    assert said == [("lock", "waiting")]
+
+
+def test_wait_for_reports_at_once_and_every_five_seconds(clock: list[float]) -> None:
+    lines: list[str] = []
+    assert wait_for(lambda: clock[0] >= 11, 60, lambda: "waiting for the tide", on_wait=lines.append)
+    assert lines == [f"waiting for the tide, at most {seconds} s more" for seconds in (60, 55, 50)]
+
+
+def test_wait_for_gives_up_after_its_timeout(clock: list[float]) -> None:
+    assert not wait_for(lambda: False, 3, lambda: "waiting")
+    assert 3 <= clock[0] < 3.2
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("succeeds", [False, True])
+def test_wait_for_without_a_timeout_tries_once(succeeds: bool) -> None:
+    tries: list[bool] = []
+
+    def attempt() -> bool:
+        tries.append(succeeds)
+        return succeeds
+
+    def on_wait(_line: str) -> None:
+        pytest.fail("there is nothing to wait for")
+
+    assert wait_for(attempt, 0, lambda: "waiting", on_wait=on_wait) == succeeds
+    assert tries == [succeeds]
+
+
+def test_wait_for_says_what_it_was_stopped_in(clock: list[float]) -> None:
+    with pytest.raises(Interrupted, match="stopped while waiting for the tide"):
+        wait_for(lambda: False, 60, lambda: "waiting for the tide", should_stop=lambda: clock[0] > 1)
+    assert clock[0] < 2
+
+
+def test_abandonable_work_returns_its_result_or_raises_its_error() -> None:
     assert abandonable(lambda _: 3, never) == 3
     assert abandonable(lambda _: None, never) is None
 
@@ -27,7 +90,7 @@ def test_its_result_and_its_error_are_the_caller_s() -> None:
         abandonable(fails, never)
 
 
-def test_a_stop_is_answered_while_the_work_goes_on_and_the_work_is_told() -> None:
+def test_abandoned_work_is_told_and_its_caller_goes_on() -> None:
     begun, asked, told = time.monotonic(), set(), threading.Event()
 
     def work(is_abandoned: Callable[[], bool]) -> None:
@@ -46,13 +109,13 @@ def test_a_stop_is_answered_while_the_work_goes_on_and_the_work_is_told() -> Non
     assert asked == {threading.current_thread()}, "what it asks need not be safe for threads"
 
 
-def test_work_that_never_looks_is_left_behind() -> None:
+def test_abandoned_work_that_never_looks_is_left_behind() -> None:
     released, answers = threading.Event(), iter([False, False])
     with pytest.raises(Interrupted):
         abandonable(lambda _: released.wait(), lambda: next(answers, True))
     released.set()
 
 
-def test_nothing_is_begun_after_a_stop() -> None:
+def test_abandonable_work_never_begins_after_a_stop() -> None:
     with pytest.raises(Interrupted):
         abandonable(lambda _: pytest.fail("begun"), lambda: True)

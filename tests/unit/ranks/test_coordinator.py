@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import textwrap
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -116,6 +113,26 @@ except Exception as error:
     assert other == [{"kind": "PeerFailed", "text": "rank 0 failed (waiting for 'corpus'): ValueError: no such graph"}]
 
 
+def test_a_failure_waits_for_ranks_that_come_late():
+    """The store leaves with rank 0: not before the others know why, and with which code to leave."""
+    body = """
+from accel_train.errors import ConfigError
+
+def work(should_stop):
+    raise ConfigError("walks.graph.p_in", 0.1, "is too small")
+
+try:
+    if rank == 1:
+        time.sleep(1.5)
+    coordinator.main_phase("check", work)
+except (ConfigError, PeerFailed) as error:
+    report(kind=type(error).__name__, code=error.exit_code)
+os._exit(0)
+"""
+    outputs = finish(start(body, 2))
+    assert outputs == [[{"kind": "ConfigError", "code": 2}], [{"kind": "PeerFailed", "code": 2}]]
+
+
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_a_failure_of_another_rank_is_heard_while_waiting(culprit):
     body = """
@@ -145,12 +162,81 @@ try:
     else:
         time.sleep(3)
 except LostPeer as error:
-    report(text=str(error))
-time.sleep(2)
+    report(text=str(coordinator.named(error)))
+time.sleep(2 if int(os.environ["LATE"]) == 0 else 0)
 """
     outputs = finish(start(body, 3, TIMEOUT="1.5", LATE=str(late)))
     expected = [{"text": f"rank {late} did not arrive at 'checkpoint files' within 1.5 s"}]
     assert outputs == [[] if rank == late else expected for rank in range(3)]
+
+
+def said_without_rank_2(body: str) -> list[list[dict]]:
+    """What ranks 0 and 1 of three say when they leave at once; rank 2 sleeps through it."""
+    leave = """
+    else:
+        time.sleep(60)
+except LostPeer as error:
+    began = time.monotonic()
+    report(text=str(coordinator.named(error)))
+    report(soon=time.monotonic() - began < 3)
+    os._exit(0)
+"""
+    ranks = start(f"try:\n{body.strip(chr(10))}{leave}", 3)
+    try:
+        return finish(ranks[:2])
+    finally:
+        ranks[2].kill()
+        ranks[2].communicate()
+
+
+def test_rank_0_tells_the_others_whom_it_gave_up():
+    """Rank 1 came later and still waits: it must neither take rank 0 for gone nor keep it waiting."""
+    outputs = said_without_rank_2("""
+    if rank < 2:
+        coordinator.timeout = (1.0, 20.0)[rank]
+        coordinator.gather("checkpoint files", rank)
+""")
+    assert outputs == [[{"text": "rank 2 did not arrive at 'checkpoint files' within 1 s"}, {"soon": True}]] * 2
+
+
+def test_work_that_misses_a_rank_ends_the_others_with_its_name():
+    outputs = said_without_rank_2("""
+    if rank < 2:
+        def work(should_stop):
+            raise LostPeer("rank 2 has been silent", ranks=[2])
+        coordinator.main_phase("evaluation", work)
+""")
+    assert outputs == [[{"text": "rank 2 has been silent"}, {"soon": True}]] * 2
+
+
+def test_a_rank_that_waits_answers_the_roll_call():
+    """Rank 0 lost somebody in a collective and does not know whom; rank 1 is in none."""
+    outputs = said_without_rank_2("""
+    if rank == 0:
+        raise LostPeer("another rank is gone: no answer in step 7")
+    elif rank == 1:
+        coordinator.gather("checkpoint files", rank)
+""")
+    text = "rank 2 does not answer any more: another rank is gone: no answer in step 7"
+    assert [said[0] for said in outputs] == [{"text": text}] * 2
+
+
+def test_a_lost_rank_does_not_hide_an_announced_failure():
+    body = """
+try:
+    if rank == 1:
+        coordinator.announce_failure(OSError("disk full"))
+        coordinator.named(LostPeer("rank 2 is gone", ranks=[2]))
+        coordinator._store.set("named", "")
+    else:
+        while not coordinator._store.has("named"):
+            time.sleep(0.01)
+        coordinator.gather("checkpoint files", rank)
+except PeerFailed as error:
+    report(text=str(error))
+"""
+    main, _ = finish(start(body, 2))
+    assert main == [{"text": "rank 1 failed (waiting for 'checkpoint files'): OSError: disk full"}]
 
 
 def test_a_killed_peer_is_noticed_at_the_next_agreement():
@@ -247,90 +333,3 @@ except LostPeer as error:
     assert json.loads(ranks[frozen].stdout.readline()) == {"going": True}
     said = freeze(ranks[frozen], ranks[1 - frozen])
     assert said.startswith(f"rank {frozen} does not answer any more: another rank is gone"), said
-
-
-def in_child(code: str, *, env: dict[str, str] | None = None) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
-    )
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
-def test_every_stop_signal_sets_the_flag_and_twice_is_once(number):
-    stop = StopSignal()
-    with stop.installed():
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)
-        deadline = time.monotonic() + 5
-        while not stop.requested:
-            assert time.monotonic() < deadline
-    assert stop.signal_name == signal.Signals(number).name
-
-
-def test_a_second_interrupt_stops_at_once(monkeypatch):
-    stop = StopSignal()
-    clock = iter([10.0, 12.0])
-    monkeypatch.setattr("accel_train.process.signals.time.monotonic", lambda: next(clock))
-    with stop.installed():
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.requested
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-MEETING = """
-import time
-from accel_train.process.signals import StopSignal, leaving_while_ranks_meet
-stop = StopSignal()
-with stop.installed():
-    with leaving_while_ranks_meet(75, stop):
-        print("meeting", flush=True)
-        time.sleep({seconds})
-    print("met", stop.signal_name, flush=True)
-"""
-
-
-@pytest.mark.parametrize(("seconds", "code", "says"), [(2, 0, "met SIGUSR1\n"), (60, 75, "")])
-def test_ranks_that_are_asked_to_stop_have_a_few_seconds_to_meet(seconds, code, says):
-    """With one launched by hand and signalled alone, those that come within them still agree with it."""
-    process = in_child(MEETING.format(seconds=seconds), env={"WORLD_SIZE": "2"})
-    assert process.stdout.readline() == "meeting\n"
-    process.send_signal(signal.SIGUSR1)
-    out, _ = process.communicate(timeout=10)
-    assert (process.returncode, out) == (code, says)
-
-
-ORPHAN = """
-import os, subprocess, sys, time
-worker = '''
-import sys, time
-from accel_train.process.signals import StopSignal
-stop = StopSignal()
-with stop.installed():
-    stop.die_with_launcher()
-    print("armed", flush=True)
-    deadline = time.monotonic() + float(sys.argv[1])
-    while time.monotonic() < deadline and not stop.requested:
-        time.sleep(0.01)
-    open(sys.argv[2], "w").write(str(stop.requested))
-'''
-child = subprocess.Popen([sys.executable, "-c", worker, *sys.argv[1:]], stdout=subprocess.PIPE, text=True)
-child.stdout.readline()
-os.kill(os.getpid(), 9)
-"""
-
-
-@pytest.mark.parametrize("launched", [True, False])
-def test_a_worker_is_told_when_its_launcher_dies_unless_started_by_hand(tmp_path: Path, launched):
-    env = {k: v for k, v in os.environ.items() if k not in {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}}
-    if launched:
-        env["ACCELERATE_MIXED_PRECISION"] = "no"
-    flag = tmp_path / "flag"
-    seconds = "10" if launched else "1.5"
-    launcher = subprocess.Popen([sys.executable, "-c", ORPHAN, seconds, str(flag)], env=env)
-    assert launcher.wait(timeout=30) == -signal.SIGKILL
-    deadline = time.monotonic() + 15
-    while not (flag.exists() and flag.read_text()):
-        assert time.monotonic() < deadline, "the worker never ended"
-        time.sleep(0.05)
-    assert flag.read_text() == str(launched)

@@ -12,36 +12,43 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from accel_train.checkpoints.manifest import list_checkpoints
-from accel_train.config.sections import (
-    ExperimentConfig,
-    GateConfig,
-    GraphConfig,
-    HooksConfig,
-    ModelConfig,
-    RulesConfig,
-    TrackingConfig,
-    TrainingConfig,
-    WalksConfig,
-    run_directory,
-)
+from accel_train.config.identity import config_hash
+from accel_train.config.sections import HooksConfig, ModelConfig, StartConfig, TrackingConfig, TrainingConfig
 from accel_train.errors import ConfigError, Interrupted
+from accel_train.runs.directory import CONFIG_FILE, read_config, run_directory
 from accel_train.runs.experiment import run
-from accel_train.runs.initial_weights import resolve_init
-from accel_train.runs.recorder import RecordKeeper
+from accel_train.runs.initial_weights import resolve_weights
+from accel_train.runs.listing import load_sufficient_runs
+from accel_train.runs.record import record_schema
+from accel_train.runs.recorder import Recorder
 from accel_train.tasks.base import Evaluation
+from accel_train.tasks.registry import experiment_config
+from accel_train.tasks.walks.config import GateConfig, GraphConfig, RulesConfig, WalksConfig
 from accel_train.tasks.walks.task import WalksTask
 
-TINY = ExperimentConfig(
+WALKS = WalksConfig(
+    num_walks=64,
+    walk_length=17,
     graph=GraphConfig(n=20, K=2, p_in=0.6, p_out=0.3),
     rules=RulesConfig(jumpers_per_block=1, jump_lengths=(2, 3)),
-    walks=WalksConfig(num_walks=64, walk_length=17),
-    model=ModelConfig(d_model=16, n_layers=1, n_heads=2, max_seq_len=16, dropout=0.1),
-    training=TrainingConfig(batch_size=16, max_epochs=2, log_interval=2, learning_rate=3e-3),
     gate=GateConfig(num_sequences=30, prompt_length=4, min_rule_checks=5, stop_on_pass=False),
 )
+TINY = experiment_config(
+    walks=WALKS,
+    model=ModelConfig(d_model=16, n_layers=1, n_heads=2, max_seq_len=16, dropout=0.1),
+    training=TrainingConfig(batch_size=16, max_epochs=2, log_interval=2, learning_rate=3e-3),
+)
+
+
+def lenient(**gate: Any) -> WalksConfig:
+    """A gate that every model passes."""
+    return dataclasses.replace(
+        WALKS, gate=dataclasses.replace(WALKS.gate, edge_threshold=0.0, rule_threshold=0.0, **gate)
+    )
 
 
 def finished(tmp_path: Path, **changes: Any) -> tuple[Path, dict[str, Any]]:
@@ -62,6 +69,30 @@ def test_the_same_configuration_and_seed_give_the_same_bits(tmp_path):
     assert one["curves"] == two["curves"]
     other, _ = finished(tmp_path / "c", seed=7)
     assert weights(other) != weights(first)
+
+
+def test_the_record_of_a_missed_gate_follows_its_schema(tmp_path):
+    """The contract (D9, D11, C10) on a record that a real run wrote."""
+    directory, record = finished(tmp_path)
+    jsonschema.Draft202012Validator(record_schema()).validate(record)
+    assert (record["status"], record["gate"]["passed"]) == ("completed", False)
+    missed = [row["metric"] for row in record["gate"]["criteria"] if not row["passed"]]
+    assert missed
+    assert all(metric in record["gate"]["failure_reason"] for metric in missed)
+    assert record["metrics"]["scalars"]["final_rule_compliance"] == record["curves"]["rule_compliance"][-1]
+    assert {name: len(record["curves"][name]) for name in ("train_loss", "edge_compliance", "rule_compliance")} == {
+        "train_loss": 8,
+        "edge_compliance": 2,
+        "rule_compliance": 2,
+    }
+    assert record["config_hash"] == config_hash(read_config(directory / CONFIG_FILE))
+    assert load_sufficient_runs(tmp_path) == []
+
+
+def test_the_record_of_a_passed_gate_follows_its_schema(tmp_path):
+    _, record = finished(tmp_path, walks=lenient())
+    jsonschema.Draft202012Validator(record_schema()).validate(record)
+    assert [found["run_id"] for found in load_sufficient_runs(tmp_path)] == [record["run_id"]]
 
 
 def test_hooks_observe_without_changing_a_bit_and_stand_in_the_record(tmp_path):
@@ -91,16 +122,14 @@ def test_a_gate_judged_every_few_steps_has_one_value_per_evaluation(tmp_path, in
 
 
 def test_the_checkpoint_that_passed_is_kept_beside_the_last_ones(tmp_path):
-    lenient = dataclasses.replace(TINY.gate, edge_threshold=0.0, rule_threshold=0.0)
     training = dataclasses.replace(TINY.training, max_epochs=6)
-    directory, record = finished(tmp_path, gate=lenient, training=training)
+    directory, record = finished(tmp_path, walks=lenient(), training=training)
     assert record["gate"]["passed"]
     assert [step for step, _ in list_checkpoints(directory / "checkpoints")] == [4, 16, 20, 24]
 
 
 def test_a_passed_gate_ends_training_at_once(tmp_path):
-    lenient = dataclasses.replace(TINY.gate, edge_threshold=0.0, rule_threshold=0.0, stop_on_pass=None)
-    _, record = finished(tmp_path, gate=lenient)
+    _, record = finished(tmp_path, walks=lenient(stop_on_pass=True))
     assert record["metrics"]["scalars"]["epochs_trained"] == 1
     assert record["gate"]["epoch"] == 1
 
@@ -119,16 +148,16 @@ def test_weights_to_start_from_must_not_change_underneath(tmp_path):
     record = json.loads((source / "result.json").read_text())
     (source / "result.json").write_text(json.dumps({**record, "status": "running"}))
     with pytest.raises(ConfigError, match="is a run that is not completed"):
-        resolve_init(dataclasses.replace(TINY, training=dataclasses.replace(TINY.training, init_from=str(source))))
+        resolve_weights(dataclasses.replace(TINY, start=StartConfig(weights=str(source))))
 
 
 def test_a_named_run_goes_on_when_its_source_is_gone(tmp_path):
     source, _ = finished(tmp_path)
-    started_from = dataclasses.replace(TINY.training, init_from=str(source))
-    named, first = finished(tmp_path, name="second", training=started_from)
+    started_from = StartConfig(weights=str(source))
+    named, first = finished(tmp_path, name="second", start=started_from)
     shutil.rmtree(source)
     (named / "result.json").write_text(json.dumps({**first, "status": "preempted"}))
-    _, again = finished(tmp_path, name="second", training=started_from)
+    _, again = finished(tmp_path, name="second", start=started_from)
     assert again["config_hash"] == first["config_hash"]
     assert again["provenance"]["init_digest"] == first["provenance"]["init_digest"]
 
@@ -139,9 +168,9 @@ def test_an_evaluation_done_twice_stands_once_in_the_log(tmp_path, monkeypatch):
     directory = run_directory(config)
     evaluate = WalksTask.evaluate
 
-    def interrupted(task, model, losses, should_stop):
+    def interrupted(task, model, losses, work):
         os.kill(os.getpid(), signal.SIGTERM)
-        assert should_stop()
+        assert work.should_stop()
         raise Interrupted("stopped")
 
     monkeypatch.setattr(WalksTask, "evaluate", interrupted)
@@ -154,7 +183,7 @@ def test_an_evaluation_done_twice_stands_once_in_the_log(tmp_path, monkeypatch):
     def killed(keeper, state):
         raise Killed
 
-    monkeypatch.setattr(RecordKeeper, "on_epoch_end", killed)
+    monkeypatch.setattr(Recorder, "on_epoch_end", killed)
     with pytest.raises(Killed):
         run(config)
     monkeypatch.undo()

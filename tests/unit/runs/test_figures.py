@@ -7,17 +7,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from accel_train.config.sections import ExperimentConfig, TrainingConfig
+from accel_train.config.fields import from_dict
+from accel_train.config.sections import TrainingConfig
 from accel_train.runs.figures import running_mean, training_curves
 from accel_train.runs.record import new_record
+from accel_train.tasks.registry import build_task, config_class, experiment_config, task_class
 
 
 def make_record(losses, evaluations, config=None):
-    record = new_record(config or ExperimentConfig(), experiment_id="walks_x", config_hash="0" * 64)
-    record["curves"] = {"train_loss": losses, "edge_compliance": evaluations, "rule_compliance": evaluations}
+    config = config or experiment_config()
+    made = new_record(config, task_class(config.task), experiment_id="walks_x", config_hash="0" * 64)
+    record = made.to_dict()
+    record["curves"] |= {"train_loss": losses}
+    if config.task == "walks":
+        record["curves"] |= {"edge_compliance": evaluations, "rule_compliance": evaluations}
     if evaluations:
         record["gate"].update(passed=True, epoch=len(evaluations))
     return record
+
+
+def draw(record, path):
+    config = from_dict(record["config"], config_class(record["config"]["task"]))
+    training_curves(build_task(config), record, path)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +46,7 @@ def make_record(losses, evaluations, config=None):
 def test_figure_is_drawn_for_every_length(tmp_path, losses, evaluations):
     path = tmp_path / "figures" / "training_curves.png"
 
-    training_curves(make_record(losses, evaluations), path)
+    draw(make_record(losses, evaluations), path)
 
     with Image.open(path) as image:
         image.load()
@@ -43,8 +54,8 @@ def test_figure_is_drawn_for_every_length(tmp_path, losses, evaluations):
 
 
 def test_evaluations_between_epochs_are_drawn(tmp_path):
-    config = ExperimentConfig(training=TrainingConfig(eval_interval=5))
-    training_curves(make_record([1.0] * 20, [0.1, 0.2], config), tmp_path / "a.png")
+    config = experiment_config(training=TrainingConfig(eval_interval=5))
+    draw(make_record([1.0] * 20, [0.1, 0.2], config), tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 0
 
 
@@ -66,12 +77,12 @@ def test_running_mean_recovers_after_a_missing_value():
 @pytest.mark.parametrize("evaluations", [0, 1, 40])
 @pytest.mark.filterwarnings("error")
 def test_the_figure_of_a_text_run_is_drawn_for_every_length(tmp_path, evaluations):
-    record = make_record([5.0] * 300, [], ExperimentConfig(task="text"))
+    record = make_record([5.0] * 300, [], experiment_config(task="text"))
     losses = [6.0 - 0.05 * number for number in range(evaluations)]
     record["curves"] |= {"val_loss": losses, "probe_loss": losses, "val_bits_per_byte": losses} if losses else {}
     path = tmp_path / "training_curves.png"
 
-    training_curves(record, path)
+    draw(record, path)
 
     with Image.open(path) as image:
         assert image.size == (1430, 546)

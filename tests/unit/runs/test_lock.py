@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from accel_train.errors import Interrupted, RunLocked
+from accel_train.process.work import WorkContext
 from accel_train.runs import lock as lock_module
 from accel_train.runs.lock import LOCK_FILE, OWNER_FILE, Owner, RunLock, live_runs, read_owner
 
@@ -123,14 +124,14 @@ def test_failed_attempt_does_not_disturb_the_holder(tmp_path, holder):
 def test_waiter_gets_the_lock_when_the_holder_lets_go(tmp_path, holder):
     lines = []
 
-    def on_wait(line):
-        lines.append(line)
+    def say(phase, line):
+        lines.append(f"{phase}: {line}")
         holder.let_go()
 
-    with RunLock(tmp_path, timeout=60, on_wait=on_wait):
+    with RunLock(tmp_path, 60, WorkContext(say=say)):
         assert read_owner(tmp_path).pid == os.getpid()
     assert len(lines) == 1
-    assert str(holder.process.pid) in lines[0]
+    assert lines[0].startswith(f"lock: waiting for process {holder.process.pid} on host ")
 
 
 def test_lock_of_a_killed_process_is_taken_over_at_once(tmp_path, holder):
@@ -160,7 +161,7 @@ def test_children_of_a_killed_holder_are_waited_for(tmp_path):
             RunLock(tmp_path, timeout=0.2).acquire()
         assert not live_runs([tmp_path])
 
-        with RunLock(tmp_path, timeout=60, on_wait=lambda _: os.kill(child, signal.SIGKILL)):
+        with RunLock(tmp_path, 60, WorkContext(say=lambda *_: os.kill(child, signal.SIGKILL))):
             assert read_owner(tmp_path).pid == os.getpid()
     finally:
         holder.reap()
@@ -176,16 +177,17 @@ def test_recycled_pid_and_restarted_host_count_as_dead(tmp_path, changes):
     RunLock(tmp_path, timeout=0).acquire()
 
 
-def test_live_process_of_this_host_keeps_the_lock_where_flock_has_no_effect(tmp_path):
+def test_live_local_process_keeps_the_lock_without_flock(tmp_path):
+    """However long its counter stands still, as that of a stopped process does."""
     with RunLock(tmp_path, timeout=0):
         ours = read_owner(tmp_path)
     plant(tmp_path, ours)  # a live owner, and a free flock
 
     with pytest.raises(RunLocked):
-        RunLock(tmp_path, timeout=0.2).acquire()
+        RunLock(tmp_path, timeout=0.4, stale_after=0.1).acquire()
 
 
-def test_lock_of_another_host_is_stale_when_its_counter_stands_still(tmp_path):
+def test_lock_of_another_host_ends_when_its_counter_stands_still(tmp_path):
     plant(tmp_path, of_another_host())
 
     started = time.monotonic()
@@ -204,7 +206,7 @@ def test_lock_of_another_host_holds_while_its_counter_moves(tmp_path):
 
     # Each poll finds another count: three times stale_after pass without a takeover.
     with pytest.raises(RunLocked) as caught:
-        RunLock(tmp_path, timeout=1.5, stale_after=0.5, should_stop=heartbeat).acquire()
+        RunLock(tmp_path, 1.5, WorkContext(should_stop=heartbeat), stale_after=0.5).acquire()
     assert next(counter) > 3
     assert "on host elsewhere" in str(caught.value)
 
@@ -256,8 +258,45 @@ def test_second_host_cannot_claim_what_the_first_has_claimed(tmp_path, monkeypat
     assert read_owner(tmp_path) == of_another_host()
 
 
-def test_unreadable_owner_file_of_a_killed_writer_is_taken_over(tmp_path):
-    (tmp_path / OWNER_FILE).write_text('{"host": "el')
+def test_takeover_of_the_dead_spares_a_faster_host(tmp_path, monkeypatch):
+    """Between the look at the dead owner and the removal of its file, another host has taken over."""
+    with RunLock(tmp_path, timeout=0):
+        ours = read_owner(tmp_path)
+    plant(tmp_path, replace(ours, process_start="1"))
+
+    def first_host_is_faster(length):
+        plant(tmp_path, of_another_host())
+        return "f" * length
+
+    monkeypatch.setattr(lock_module.secrets, "token_hex", first_host_is_faster)
+
+    with pytest.raises(RunLocked, match="elsewhere"):
+        RunLock(tmp_path, timeout=0).acquire()
+    assert read_owner(tmp_path) == of_another_host()
+    assert not list(tmp_path.glob(f"{OWNER_FILE}.*"))
+
+
+def test_lock_needs_no_hard_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("as on FAT")
+
+    monkeypatch.setattr(lock_module.os, "link", refuse)
+    with RunLock(tmp_path, timeout=0):
+        assert read_owner(tmp_path).pid == os.getpid()
+        with pytest.raises(RunLocked):
+            RunLock(tmp_path, timeout=0).acquire()
+
+
+def test_fifo_in_the_place_of_the_owner_file_hangs_nobody(tmp_path):
+    os.mkfifo(tmp_path / OWNER_FILE)
+    assert not live_runs([tmp_path])
+    with RunLock(tmp_path, timeout=0):
+        assert read_owner(tmp_path).pid == os.getpid()
+
+
+@pytest.mark.parametrize("content", ["", '{"host": "el', "[1]", "{}", "[" * 5000])
+def test_damaged_owner_file_is_replaced(tmp_path, content):
+    (tmp_path / OWNER_FILE).write_text(content)
     (tmp_path / f"{OWNER_FILE}.leaving").write_text("")
 
     with RunLock(tmp_path, timeout=0):
@@ -267,7 +306,7 @@ def test_unreadable_owner_file_of_a_killed_writer_is_taken_over(tmp_path):
 
 def test_waiting_ends_when_told_to_stop(tmp_path, holder):
     with pytest.raises(Interrupted, match="waiting for process"):
-        RunLock(tmp_path, timeout=60, should_stop=lambda: True).acquire()
+        RunLock(tmp_path, 60, WorkContext(should_stop=lambda: True)).acquire()
 
 
 def test_threads_of_one_process_exclude_each_other(tmp_path):

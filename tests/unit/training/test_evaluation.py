@@ -14,6 +14,7 @@ from accel_train.config.sections import CheckpointConfig, TrainingConfig
 from accel_train.errors import CheckpointError, Preempted
 from accel_train.training.callbacks import Callback
 from accel_train.training.losses import next_token_cross_entropy
+from accel_train.training.services import Services
 from accel_train.training.trainer import Trainer
 
 SMALL = TrainingConfig(max_epochs=3, batch_size=8, learning_rate=1e-2, log_interval=2)
@@ -134,7 +135,11 @@ def test_other_data_than_the_checkpoint_saw_is_refused_naming_both(tiny_model, t
         config = TrainingConfig(max_epochs=epochs, batch_size=8)
         digests = {"corpus": "a" * 64, "tokens": digest}
         return Trainer(
-            tiny_model(), tiny_dataset(), config, run_dir=tmp_path, data_digests=digests, config_hash="the same"
+            tiny_model(),
+            tiny_dataset(),
+            config,
+            run_dir=tmp_path,
+            services=Services(data_digests=digests, config_hash="the same"),
         )
 
     make(1, "b" * 64).fit()

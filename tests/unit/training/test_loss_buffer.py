@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from accel_train.data.permutation import fingerprint_terms
-from accel_train.process.stopwatch import Stopwatch
-from accel_train.training.loss_buffer import Ledger
+from accel_train.training.loss_buffer import LossBuffer
 
 CPU = torch.device("cpu")
 
@@ -19,12 +18,12 @@ def as_is(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_step_is_the_mean_of_its_micro_steps():
-    ledger = Ledger(8, 2, 1, as_is, CPU)
+    buffer = LossBuffer(8, 2, 1, as_is, CPU)
     for position, loss in enumerate([1.0, 3.0, 5.0, 6.0]):
-        ledger.enter(torch.tensor(loss), np.array([position]), np.array([position]))
-    losses, _ = ledger.settle()
+        buffer.add(torch.tensor(loss), np.array([position]), np.array([position]))
+    losses, _ = buffer.collect()
     assert losses == [2.0, 5.5]
-    assert ledger.settle() == ([], 0)
+    assert buffer.collect() == ([], 0)
 
 
 def test_the_losses_of_all_ranks_count_alike():
@@ -33,10 +32,10 @@ def test_the_losses_of_all_ranks_count_alike():
     def gather(tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat([tensor, others]) if tensor.is_floating_point() else torch.cat([tensor, tensor])
 
-    ledger = Ledger(4, 1, 2, gather, CPU)
+    buffer = LossBuffer(4, 1, 2, gather, CPU)
     for loss in (2.0, 4.0):
-        ledger.enter(torch.tensor(loss), np.array([0]), np.array([0]))
-    losses, fingerprint = ledger.settle()
+        buffer.add(torch.tensor(loss), np.array([0]), np.array([0]))
+    losses, fingerprint = buffer.collect()
     assert losses == [6.0, 12.0]
     assert fingerprint == 4 * fingerprint_terms(np.array([0]), np.array([0])) % 2**64
 
@@ -47,39 +46,12 @@ def test_when_it_is_settled_changes_nothing(cut):
     losses = generator.random(12).astype(np.float32)
 
     def settle_at(cuts):
-        ledger, found, fingerprint = Ledger(12, 1, 1, as_is, CPU), [], 0
+        buffer, found, fingerprint = LossBuffer(12, 1, 1, as_is, CPU), [], 0
         for step, loss in enumerate(losses):
-            ledger.enter(torch.tensor(loss), np.array([step]), np.array([step * 7]))
+            buffer.add(torch.tensor(loss), np.array([step]), np.array([step * 7]))
             if step + 1 in cuts or step == 11:
-                some, part = ledger.settle()
+                some, part = buffer.collect()
                 found, fingerprint = found + some, (fingerprint + part) % 2**64
         return found, fingerprint
 
     assert settle_at({cut}) == settle_at(set())
-
-
-def test_nested_phases_count_for_themselves_only(monkeypatch):
-    now = iter([0.0, 1.0, 4.0, 10.0])
-    monkeypatch.setattr("accel_train.process.stopwatch.time.perf_counter", lambda: next(now))
-    watch = Stopwatch()
-    with watch.timed("training"), watch.timed("evaluation"):
-        pass
-    assert watch.seconds == {"evaluation": 3.0, "training": 7.0}
-    assert watch.idle_of("training") == 3.0
-
-
-def test_a_block_that_goes_on_counts_without_the_phases_inside_it(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("accel_train.process.stopwatch.time.perf_counter", lambda: now[0])
-    watch = Stopwatch()
-    with watch.timed("training"):
-        now[0] = 5.0
-    with watch.timed("training"):
-        now[0] = 8.0
-        with watch.timed("evaluation"):
-            now[0] = 10.0
-        assert watch.so_far("training") == 8.0
-        now[0] = 11.0
-        assert watch.so_far("training") == 9.0
-        assert watch.so_far("checkpoint") == 0.0
-    assert watch.so_far("training") == watch.seconds["training"] == 9.0

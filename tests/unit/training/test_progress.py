@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 
 from accel_train.training.callbacks import LoopState
-from accel_train.training.progress import ConsoleHandler, Progress
+from accel_train.training.progress import Progress
 
 
 class Loop:
@@ -33,7 +31,18 @@ class Loop:
 
 
 def test_lines_are_aligned_and_say_how_far_it_is(capsys):
-    loop = Loop(Progress(bars=False))
+    loop = Loop(
+        Progress(
+            {
+                "edge_compliance": "edge",
+                "rule_compliance": "rule",
+                "sampled_rule_compliance": "sampled rule",
+                "val_loss": "validation loss",
+                "val_bits_per_byte": "bits per byte",
+            },
+            bars=False,
+        )
+    )
     loop.steps(12)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "training   12 steps at most, 5 an epoch"
@@ -96,7 +105,18 @@ def test_the_last_epoch_may_be_shorter(capsys):
     ids=["no evaluation", "another metric", "passed", "the figures say why", "the figures do not say why"],
 )
 def test_the_summary_of_an_epoch_repeats_nothing(capsys, evaluation, verdict):
-    loop = Loop(Progress(bars=False))
+    loop = Loop(
+        Progress(
+            {
+                "edge_compliance": "edge",
+                "rule_compliance": "rule",
+                "sampled_rule_compliance": "sampled rule",
+                "val_loss": "validation loss",
+                "val_bits_per_byte": "bits per byte",
+            },
+            bars=False,
+        )
+    )
     loop.steps(5)
     capsys.readouterr()
     loop.end_epoch(**evaluation)
@@ -104,22 +124,21 @@ def test_the_summary_of_an_epoch_repeats_nothing(capsys, evaluation, verdict):
 
 
 def test_the_summary_never_shows_the_loss_or_the_verdict_of_an_earlier_epoch(capsys):
-    loop = Loop(Progress(bars=False))
+    loop = Loop(
+        Progress(
+            {
+                "edge_compliance": "edge",
+                "rule_compliance": "rule",
+                "sampled_rule_compliance": "sampled rule",
+                "val_loss": "validation loss",
+                "val_bits_per_byte": "bits per byte",
+            },
+            bars=False,
+        )
+    )
     loop.steps(5)
     loop.end_epoch(passed=True, criteria=[])
     loop.state.step += 5
     capsys.readouterr()
     loop.end_epoch()
     assert capsys.readouterr().out == "epoch      2/3  step 10/12  loss nan  0.0 s\n"
-
-
-def test_messages_on_the_console_have_the_form_of_the_command_line(capsys):
-    logger = logging.getLogger("accel_train.test_progress")
-    handler = ConsoleHandler(logging.WARNING)
-    logger.addHandler(handler)
-    try:
-        logger.warning("the %s is low", "disk")
-        logger.info("nothing for people")
-    finally:
-        logger.removeHandler(handler)
-    assert capsys.readouterr().err == "accel-train: warning: the disk is low\n"

@@ -11,10 +11,10 @@ from accelerate import Accelerator
 
 from accel_train.config.sections import ModelConfig, TrainingConfig
 from accel_train.data.loader import DatasetWithIds
-from accel_train.data.on_device import ResidentSamples
-from accel_train.data.windows import WalkDataset
+from accel_train.data.on_device import SamplesOnDevice
 from accel_train.errors import NonFinite
 from accel_train.model.transformer import TransformerLM
+from accel_train.tasks.walks.dataset import WalkDataset
 from accel_train.training import recorded_step as recorded
 from accel_train.training.losses import fused_cross_entropy, next_token_cross_entropy
 from accel_train.training.recorded_step import RecordedStep, why_not
@@ -106,7 +106,7 @@ def test_recording_leaves_weights_optimizer_and_random_states_alone(tiny_model, 
     model = tiny_model(dropout=0.5)
     trainer = as_on_gpu(Trainer(model, tiny_dataset(), CONFIG))
     before, state = bits(model), torch.get_rng_state()
-    trainer._step.record(lambda: trainer._batch_of(0, 0))
+    trainer._step.record(lambda: trainer._batches.one(0, 0))
     assert captures["recorded"] == 1
     assert bits(model) == before
     assert torch.equal(torch.get_rng_state(), state)
@@ -223,7 +223,7 @@ def test_samples_from_a_stream_on_the_device_train_the_same_weights(tiny_model):
     one, other = tiny_model(dropout=0.2), tiny_model(dropout=0.2)
     from_file = Trainer(one, WalkDataset(walks, 5), CONFIG).fit()
     trainer = Trainer(other, WalkDataset(walks, 5), CONFIG)
-    trainer._here = DatasetWithIds(ResidentSamples(WalkDataset(walks, 5), torch.device("cpu")))
+    trainer._batches.direct = DatasetWithIds(SamplesOnDevice(WalkDataset(walks, 5), torch.device("cpu")))
     on_device = trainer.fit()
     assert on_device.train_loss == from_file.train_loss
     assert on_device.fingerprint == from_file.fingerprint

@@ -12,7 +12,7 @@ from accel_train.data.permutation import GlobalBatchSampler
 from accel_train.training.hooks import Hooks
 from accel_train.training.losses import next_token_cross_entropy
 from accel_train.training.trainer import Trainer
-from accel_train.training.update import DirectMechanics, Mechanics, mechanics
+from accel_train.training.update import DirectUpdater, Updater, build_updater
 
 
 def bits(model: torch.nn.Module) -> dict[str, bytes]:
@@ -21,7 +21,7 @@ def bits(model: torch.nn.Module) -> dict[str, bytes]:
 
 def through_accelerate(trainer: Trainer) -> Trainer:
     prepared = trainer.accelerator, trainer.model, trainer._optimizer, trainer._scheduler
-    trainer._step.mechanics = Mechanics(*prepared, trainer._step.parameters)
+    trainer._step.updater = Updater(*prepared, trainer._step.parameters)
     return trainer
 
 
@@ -30,7 +30,7 @@ def test_they_train_the_same_weights(tiny_model, tiny_dataset, accumulation):
     config = TrainingConfig(max_epochs=2, batch_size=8, gradient_accumulation_steps=accumulation, learning_rate=1e-2)
     one, other = tiny_model(dropout=0.2), tiny_model(dropout=0.2)
     direct = Trainer(one, tiny_dataset(), config)
-    assert type(direct._step.mechanics) is DirectMechanics
+    assert type(direct._step.updater) is DirectUpdater
     wrapped = through_accelerate(Trainer(other, tiny_dataset(), config))
     assert direct.fit().train_loss == wrapped.fit().train_loss
     assert bits(one) == bits(other)
@@ -62,18 +62,17 @@ def test_two_ranks_sum_their_gradients_in_the_last_micro_step_only():
 import hashlib, json, os
 import torch
 from accel_train.config.sections import TrainingConfig
-from accel_train.training.losses import next_token_cross_entropy
 from accel_train.data.permutation import GlobalBatchSampler
 from accel_train.training.hooks import Hooks
 from accel_train.training.losses import next_token_cross_entropy
-from accel_train.training.update import DirectMechanics, Mechanics
+from accel_train.training.update import DirectUpdater, Updater
 from accel_train.training.trainer import Trainer
 torch.manual_seed(0)
 tokens = torch.randint(0, 11, (40, 6))
 dataset = [(row[:-1], row[1:]) for row in tokens]
 config = TrainingConfig(max_epochs=1, batch_size=8, gradient_accumulation_steps=2)
 found = []
-for kind in (DirectMechanics, Mechanics):
+for kind in (DirectUpdater, Updater):
     torch.manual_seed(1)
     model = torch.nn.Sequential(torch.nn.Embedding(11, 8), torch.nn.Linear(8, 11))
     syncs = []
@@ -82,8 +81,8 @@ for kind in (DirectMechanics, Mechanics):
         return next_token_cross_entropy(model, batch)
     trainer = Trainer(model, dataset, config, loss_fn=loss_fn)
     prepared = trainer.accelerator, trainer.model, trainer._optimizer, trainer._scheduler
-    assert type(trainer._step.mechanics) is DirectMechanics
-    trainer._step.mechanics = kind(*prepared, parameters=trainer._step.parameters)
+    assert type(trainer._step.updater) is DirectUpdater
+    trainer._step.updater = kind(*prepared, parameters=trainer._step.parameters)
     trainer.fit()
     digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in model.state_dict().values())).hexdigest()
     found.append([digest, syncs[-10:]])
@@ -100,11 +99,11 @@ trainer.accelerator.end_training()
 @pytest.mark.parametrize(
     ("distributed_type", "scaler", "kind"),
     [
-        (DistributedType.NO, None, DirectMechanics),
-        (DistributedType.MULTI_GPU, None, DirectMechanics),
-        (DistributedType.NO, object(), Mechanics),
-        (DistributedType.FSDP, None, Mechanics),
-        (DistributedType.DEEPSPEED, None, Mechanics),
+        (DistributedType.NO, None, DirectUpdater),
+        (DistributedType.MULTI_GPU, None, DirectUpdater),
+        (DistributedType.NO, object(), Updater),
+        (DistributedType.FSDP, None, Updater),
+        (DistributedType.DEEPSPEED, None, Updater),
     ],
 )
 def test_wrappers_that_do_something_are_used(tiny_model, tiny_dataset, distributed_type, scaler, kind):
@@ -116,5 +115,5 @@ def test_wrappers_that_do_something_are_used(tiny_model, tiny_dataset, distribut
 
     accelerator = Prepared()
     accelerator.distributed_type, accelerator.scaler = distributed_type, scaler
-    found = mechanics(accelerator, trainer.model, trainer._optimizer, trainer._scheduler, trainer._step.parameters)
+    found = build_updater(accelerator, trainer.model, trainer._optimizer, trainer._scheduler, trainer._step.parameters)
     assert type(found) is kind

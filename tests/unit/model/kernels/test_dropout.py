@@ -63,7 +63,7 @@ def test_the_dtype_is_kept(dtype):
     assert y.max().item() == pytest.approx(1 / 0.75, rel=0.01)
 
 
-def test_the_random_state_decides_the_mask_whatever_the_number_of_threads():
+def test_mask_does_not_depend_on_the_number_of_threads():
     x = torch.ones(1_000_000)
     threads = torch.get_num_threads()
     torch.manual_seed(5)

@@ -30,7 +30,7 @@ def tanh_gelu(x):
     return functional.gelu(x, approximate="tanh")
 
 
-def test_values_and_gradients_are_as_near_to_the_exact_ones_as_pytorchs():
+def test_values_and_gradients_are_as_exact_as_pytorchs():
     exact, ours, theirs = both(tanh_gelu, spread().double()), both(gelu, spread()), both(tanh_gelu, spread())
     for one, other, true in zip(ours, theirs, exact, strict=True):
         assert one.dtype == torch.float32

@@ -8,8 +8,7 @@ import tracemalloc
 import pytest
 
 from accel_train.tasks.text.builtin import builtin_text
-from accel_train.tasks.text.repetition import repetition
-from accel_train.tasks.text.sample_quality import language_of
+from accel_train.tasks.text.sample_quality import language_of, repetition
 
 
 @pytest.mark.parametrize("size", [1, 1000, 300_000])

@@ -9,18 +9,20 @@ import psutil
 import pytest
 from safetensors.torch import save_file
 
-from accel_train.config.sections import ExperimentConfig, ModelConfig, TextConfig
+from accel_train.config.sections import ModelConfig
 from accel_train.errors import Interrupted
 from accel_train.model.transformer import TransformerLM
 from accel_train.runs.directory import dump_config
-from accel_train.tasks.text.inference_cost import DeploymentError, measure_apart, peak_rss_bytes
+from accel_train.tasks.registry import experiment_config
+from accel_train.tasks.text.config import TextConfig
+from accel_train.tasks.text.inference_cost import InferenceError, measure_apart, peak_rss_bytes
 from accel_train.tasks.text.tokenizer import char_tokenizer
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A directory with what a checkpoint has of a model."""
-    config = ExperimentConfig(
+    config = experiment_config(
         task="text",
         text=TextConfig(tokenizer="char"),
         model=ModelConfig(d_model=16, n_layers=1, n_heads=2, max_seq_len=32),
@@ -49,14 +51,14 @@ def test_what_python_prints_does_not_keep_it_waiting(checkpoint: Path, monkeypat
 
 def test_a_model_that_cannot_be_loaded_is_said(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(DeploymentError, match=r"could not be used in a process of its own: .*Error"):
+    with pytest.raises(InferenceError, match=r"could not be used in a process of its own: .*Error"):
         measure_apart(checkpoint, lambda: False)
 
 
-@pytest.mark.parametrize(("timeout", "stop", "error"), [(600, True, Interrupted), (0, False, DeploymentError)])
+@pytest.mark.parametrize(("timeout", "stop", "error"), [(600, True, Interrupted), (0, False, InferenceError)])
 def test_it_does_not_outlive_a_stop_or_its_time(
     checkpoint: Path, timeout: float, stop: bool, error: type[Exception]
 ) -> None:
     with pytest.raises(error):
         measure_apart(checkpoint, lambda: stop, timeout)
-    assert not [child for child in psutil.Process().children() if "deployment" in " ".join(child.cmdline())]
+    assert not [child for child in psutil.Process().children() if "inference_cost" in " ".join(child.cmdline())]

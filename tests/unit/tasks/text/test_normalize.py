@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accel_train.tasks.text.normalize import ALPHABET, UNKNOWN, normalize_text, unify_line_ends
+from accel_train.tasks.text.corpus import unify_line_ends
+from accel_train.tasks.text.tokenizer import ALPHABET, UNKNOWN, normalize_text
 
 
 def test_the_alphabet_is_tab_newline_and_printable_ascii() -> None:

@@ -12,34 +12,29 @@ import pytest
 import torch
 from torch import nn
 
-from accel_train.config.sections import ExperimentConfig, GateConfig, ModelConfig, TextConfig, TrainingConfig
+from accel_train.config.sections import ModelConfig, TrainingConfig
 from accel_train.errors import ConfigError, Interrupted
 from accel_train.files.atomic import sha256_file
 from accel_train.model.transformer import TransformerLM
+from accel_train.process.work import SILENT, WorkContext
 from accel_train.tasks.base import Trained
+from accel_train.tasks.registry import experiment_config
 from accel_train.tasks.text import task as module
-from accel_train.tasks.text.inference_cost import Deployment, DeploymentError
+from accel_train.tasks.text.config import GateConfig, TextConfig
+from accel_train.tasks.text.inference_cost import InferenceCost, InferenceError
 from accel_train.tasks.text.task import TextTask
 from accel_train.tasks.text.tokenizer import TOKENIZER_FILE
 
 CONTEXT = 32
 
 
-def config(**text: Any) -> ExperimentConfig:
-    return ExperimentConfig(
+def config(**text: Any) -> Any:
+    return experiment_config(
         task="text",
         text=TextConfig(**{"builtin_bytes": 60_000, "vocab_size": 400, "sample_tokens": 10, **text}),
         model=ModelConfig(d_model=16, n_layers=1, n_heads=2, max_seq_len=CONTEXT),
         training=TrainingConfig(batch_size=4),
     )
-
-
-def silent(_phase: str, _what: str) -> None:
-    pass
-
-
-def never() -> bool:
-    return False
 
 
 class Said(list):
@@ -55,10 +50,10 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("shared")
 
 
-def opened(directory: Path, chosen: ExperimentConfig | None = None) -> TextTask:
+def opened(directory: Path, chosen: Any = None) -> TextTask:
     task = TextTask(chosen or config())
-    task.check(silent, never)
-    task.open(task.build(directory, silent, never))
+    task.check(SILENT)
+    task.open(task.build(directory, SILENT))
     return task
 
 
@@ -72,9 +67,9 @@ def deployed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Checkpoints that were measured; what a process of its own would have found."""
     asked: list[Path] = []
 
-    def measured(checkpoint: Path, _should_stop: Any) -> Deployment:
+    def measured(checkpoint: Path, _should_stop: Any) -> InferenceCost:
         asked.append(checkpoint)
-        return Deployment(1.0, 2.0, 250.0, 1, 100)
+        return InferenceCost(1.0, 2.0, 250.0, 1, 100)
 
     monkeypatch.setattr(module, "measure_apart", measured)
     return asked
@@ -99,11 +94,11 @@ def trained(task: TextTask, directory: Path, **changes: Any) -> Trained:
 
 def test_a_second_run_finds_everything_and_another_seed_shares_it(tmp_path: Path) -> None:
     first = TextTask(config())
-    artifacts = first.build(tmp_path, silent, never)
+    artifacts = first.build(tmp_path, SILENT)
     assert first.preparation.built == {"corpus", "tokenizer", "tokens"}
     said = Said()
     second = TextTask(dataclasses.replace(config(), seed=7))
-    assert second.build(tmp_path, said, never) == artifacts
+    assert second.build(tmp_path, WorkContext(said)) == artifacts
     assert second.preparation.built == set()
     assert len([line for line in said if "found and verified" in line]) == 3
 
@@ -118,19 +113,19 @@ def test_a_second_run_finds_everything_and_another_seed_shares_it(tmp_path: Path
     ],
 )
 def test_only_what_depends_on_a_change_is_made_again(tmp_path: Path, change: dict[str, Any], made_again: set) -> None:
-    TextTask(config()).build(tmp_path, silent, never)
+    TextTask(config()).build(tmp_path, SILENT)
     other = TextTask(config(**change))
-    other.build(tmp_path, silent, never)
+    other.build(tmp_path, SILENT)
     assert other.preparation.built == made_again
 
 
 def test_damaged_tokens_are_written_again(tmp_path: Path) -> None:
-    artifacts = Path(TextTask(config()).build(tmp_path, silent, never))
+    artifacts = Path(TextTask(config()).build(tmp_path, SILENT))
     shard = artifacts / "tokens-00000.bin"
     content = shard.read_bytes()
     shard.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
     again = TextTask(config())
-    again.build(tmp_path, silent, never)
+    again.build(tmp_path, SILENT)
     assert again.preparation.built == {"tokens"}
     assert shard.read_bytes() == content
 
@@ -161,7 +156,7 @@ def test_a_corpus_that_is_no_text_is_refused_before_anything_is_written(
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
-        TextTask(config(corpus=str(path))).check(silent, never)
+        TextTask(config(corpus=str(path))).check(SILENT)
     assert caught.value.field == "text.corpus"
     assert says in str(caught.value)
     assert str(path) in str(caught.value)
@@ -169,7 +164,7 @@ def test_a_corpus_that_is_no_text_is_refused_before_anything_is_written(
 
 def test_a_vocabulary_that_the_corpus_does_not_support_is_refused_with_the_largest_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"text\.vocab_size: 9000 is more than this corpus supports \(\d+ at most\)"):
-        TextTask(config(vocab_size=9000)).build(tmp_path, silent, never)
+        TextTask(config(vocab_size=9000)).build(tmp_path, SILENT)
     assert not list(tmp_path.glob("tokenizer-*"))
 
 
@@ -178,7 +173,7 @@ def test_a_corpus_too_small_for_a_batch_or_a_window_is_refused(tmp_path: Path, s
     small = config(builtin_bytes=size, tokenizer="char")
     small = dataclasses.replace(small, model=dataclasses.replace(small.model, max_seq_len=256))
     with pytest.raises(ConfigError, match=f"for {part}"):
-        TextTask(small).build(tmp_path, silent, never)
+        TextTask(small).build(tmp_path, SILENT)
 
 
 def test_a_stop_in_any_phase_leaves_nothing_half_built(tmp_path: Path) -> None:
@@ -186,11 +181,13 @@ def test_a_stop_in_any_phase_leaves_nothing_half_built(tmp_path: Path) -> None:
     corpus.write_text("The quick brown fox jumps over the lazy dog.\n" * 2000)
     chosen = config(corpus=str(corpus), vocab_size=270)
     with pytest.raises(Interrupted):
-        TextTask(chosen).check(silent, lambda: True)
+        TextTask(chosen).check(WorkContext(should_stop=lambda: True))
     for asked in range(3):
         answers = iter([False] * asked)
         with pytest.raises(Interrupted):
-            TextTask(chosen).build(tmp_path / f"{asked}", silent, lambda answers=answers: next(answers, True))
+            TextTask(chosen).build(
+                tmp_path / f"{asked}", WorkContext(should_stop=lambda answers=answers: next(answers, True))
+            )
         assert not list((tmp_path / f"{asked}").glob(".tmp-*"))
 
 
@@ -226,7 +223,7 @@ def test_bits_per_byte_are_those_of_the_held_out_text(shared: Path) -> None:
     text = b"".join(
         task.tokenizer._tokenizer.id_to_token(int(t)).encode("latin1", "replace") for t in targets.flatten()
     )
-    found = task.evaluate(model_of(task), {"val": 2.0, "probe": 1.5}, never).metrics
+    found = task.evaluate(model_of(task), {"val": 2.0, "probe": 1.5}, SILENT).metrics
     assert found["val_bits_per_byte"] == pytest.approx(2.0 * targets.numel() / math.log(2) / len(text))
     assert found["overfit_gap"] == pytest.approx(0.5)
 
@@ -272,39 +269,39 @@ def test_a_sample_goes_on_from_the_configured_prompt(shared: Path) -> None:
 
 def test_the_preflight_says_what_counting_reaches_and_what_is_asked(shared: Path) -> None:
     said = Said()
-    found = opened(shared).preflight(said)
+    found = opened(shared).preflight(WorkContext(said))
     assert found["reachable"]
     assert 3 < found["counting_loss"] < math.log(400)
     assert any("the gate asks val_loss < 5" in line and "language >= 0.7" in line for line in said)
 
 
 def test_the_preflight_warns_of_a_gate_that_counting_passes_and_of_unknown_characters(shared: Path) -> None:
-    found = opened(shared, config(tokenizer="char")).preflight(silent)
+    found = opened(shared, config(tokenizer="char")).preflight(SILENT)
     assert any("passing would prove little" in warning for warning in found["warnings"])
     assert any("unknown to the tokenizer" in warning for warning in found["warnings"])
 
 
 def test_a_threshold_that_cannot_be_met_is_refused() -> None:
-    impossible = dataclasses.replace(config(), gate=GateConfig(val_loss_threshold=0.0))
+    impossible = config(gate=GateConfig(val_loss_threshold=0.0))
     with pytest.raises(ConfigError, match="can never be met"):
-        TextTask(impossible).check(silent, never)
+        TextTask(impossible).check(SILENT)
 
 
 def test_an_evaluation_measures_and_samples_without_judging(shared: Path) -> None:
     task = opened(shared)
     model = model_of(task)
     before = torch.get_rng_state()
-    first = task.evaluate(model, {"val": 2.0, "probe": 1.5}, never)
+    first = task.evaluate(model, {"val": 2.0, "probe": 1.5}, SILENT)
     assert first.verdict is None
     assert first.samples[0].startswith("The")
-    assert task.evaluate(model, {"val": 2.0, "probe": 1.5}, never) == first, "the same random numbers every time"
+    assert task.evaluate(model, {"val": 2.0, "probe": 1.5}, SILENT) == first, "the same random numbers every time"
     assert torch.equal(torch.get_rng_state(), before)
     assert "passed" not in first.to_dict()
 
 
 def test_where_the_gate_may_stop_training_it_judges_the_losses_alone(shared: Path) -> None:
-    task = opened(shared, dataclasses.replace(config(), gate=GateConfig(stop_on_pass=True)))
-    verdict = task.evaluate(model_of(task), {"val": 2.0, "probe": 1.9}, never).verdict
+    task = opened(shared, config(gate=GateConfig(stop_on_pass=True)))
+    verdict = task.evaluate(model_of(task), {"val": 2.0, "probe": 1.9}, SILENT).verdict
     assert verdict is not None
     assert verdict.passed
     assert [row["metric"] for row in verdict.criteria] == ["val_loss", "overfit_gap"]
@@ -312,7 +309,7 @@ def test_where_the_gate_may_stop_training_it_judges_the_losses_alone(shared: Pat
 
 def test_the_last_judgement_asks_everything(tmp_path: Path, shared: Path, deployed: list[Path]) -> None:
     task = opened(shared)
-    found = task.conclude(trained(task, tmp_path), never)
+    found = task.conclude(trained(task, tmp_path), SILENT)
     asked = {row["metric"]: row["passed"] for row in found.verdict.criteria}
     assert set(asked) == {
         "val_loss", "overfit_gap", "loss_rises", "repetition", "latency_p95_ms", "rss_mb", "language",
@@ -341,7 +338,7 @@ class Looping(nn.Module):
 @pytest.mark.usefixtures("deployed")
 def test_a_model_that_is_stuck_does_not_pass(tmp_path: Path, shared: Path) -> None:
     task = opened(shared)
-    verdict = task.conclude(trained(task, tmp_path, model=Looping(task.vocab_size)), never).verdict
+    verdict = task.conclude(trained(task, tmp_path, model=Looping(task.vocab_size)), SILENT).verdict
     assert verdict.metrics["repetition"] > 0.9
     assert "repetition is" in verdict.failure_reason
 
@@ -352,14 +349,14 @@ def test_epochs_in_which_the_loss_rose_are_counted(
     tmp_path: Path, shared: Path, losses: list[float], rises: int
 ) -> None:
     task = opened(shared)
-    verdict = task.conclude(trained(task, tmp_path, epoch_losses=losses), never).verdict
+    verdict = task.conclude(trained(task, tmp_path, epoch_losses=losses), SILENT).verdict
     assert verdict.metrics["loss_rises"] == rises
 
 
 @pytest.mark.usefixtures("deployed")
 def test_one_epoch_says_nothing_of_rises_and_is_not_asked(tmp_path: Path, shared: Path) -> None:
     task = opened(shared)
-    verdict = task.conclude(trained(task, tmp_path, epoch_losses=[5.0]), never).verdict
+    verdict = task.conclude(trained(task, tmp_path, epoch_losses=[5.0]), SILENT).verdict
     assert "loss_rises" not in [row["metric"] for row in verdict.criteria]
 
 
@@ -368,7 +365,7 @@ def test_a_corpus_of_one_language_is_not_asked_for_two(tmp_path: Path, shared: P
     corpus = tmp_path / "mine.txt"
     corpus.write_text("It was the best of times, it was the worst of times, and they all said so.\n" * 400)
     task = opened(shared, config(corpus=str(corpus), vocab_size=280))
-    verdict = task.conclude(trained(task, tmp_path), never).verdict
+    verdict = task.conclude(trained(task, tmp_path), SILENT).verdict
     assert "language" not in [row["metric"] for row in verdict.criteria]
     assert verdict.evidence["languages"] == []
 
@@ -376,11 +373,11 @@ def test_a_corpus_of_one_language_is_not_asked_for_two(tmp_path: Path, shared: P
 def test_a_model_that_cannot_be_used_does_not_pass(
     tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(*_: Any) -> Deployment:
-        raise DeploymentError("it could not be loaded")
+    def failing(*_: Any) -> InferenceCost:
+        raise InferenceError("it could not be loaded")
 
     monkeypatch.setattr(module, "measure_apart", failing)
     task = opened(shared)
-    verdict = task.conclude(trained(task, tmp_path), never).verdict
+    verdict = task.conclude(trained(task, tmp_path), SILENT).verdict
     assert verdict.metrics["rss_mb"] is None
     assert "it could not be loaded" in verdict.failure_reason

@@ -13,13 +13,14 @@ from transformers import PreTrainedTokenizerFast
 
 from accel_train.errors import TokenizerError
 from accel_train.tasks.text.builtin import builtin_text
-from accel_train.tasks.text.normalize import ALPHABET, normalize_text
 from accel_train.tasks.text.tokenizer import (
+    ALPHABET,
     CHAR_VOCAB_SIZE,
     SPECIAL_TOKENS,
     TextTokenizer,
     VocabularyError,
     char_tokenizer,
+    normalize_text,
     train_tokenizer,
 )
 

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accel_train.config.sections import GraphConfig, RulesConfig
 from accel_train.tasks.walks import compliance
 from accel_train.tasks.walks.compliance import scorable_rules, score, wilson_interval
+from accel_train.tasks.walks.config import GraphConfig, RulesConfig
 from accel_train.tasks.walks.generator import generate_walks
 from accel_train.tasks.walks.graph import generate_graph
 from accel_train.tasks.walks.rules import Rule, designate_rules

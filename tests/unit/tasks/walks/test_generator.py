@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from accel_train.config.sections import GraphConfig, RulesConfig
 from accel_train.errors import ConfigError, Interrupted
 from accel_train.tasks.walks import generator
 from accel_train.tasks.walks.compliance import score
+from accel_train.tasks.walks.config import GraphConfig, RulesConfig
 from accel_train.tasks.walks.generator import generate_walks, random_walks
 from accel_train.tasks.walks.graph import generate_graph
 from accel_train.tasks.walks.rules import Rule, designate_rules
@@ -161,7 +161,7 @@ def test_a_stop_in_the_middle_of_a_pass_interrupts(monkeypatch):
 def test_rules_that_cannot_be_met_together_are_an_error_with_a_cure():
     with pytest.raises(ConfigError, match="use fewer jumpers") as caught:
         generate_walks(GRAPH, UNMEETABLE, 10, 12, seed=0)
-    assert caught.value.field == "rules.jumpers_per_block"
+    assert caught.value.field == "walks.rules.jumpers_per_block"
     assert caught.value.value == 8
 
 

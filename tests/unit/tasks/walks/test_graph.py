@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accel_train.config.sections import GraphConfig
 from accel_train.errors import ConfigError
+from accel_train.tasks.walks.config import GraphConfig
 from accel_train.tasks.walks.graph import generate_graph
 
 
@@ -86,9 +86,9 @@ def test_a_graph_that_is_not_connected_is_retried_with_the_next_seed():
 
 
 def test_an_unconnectable_graph_names_the_probabilities_to_raise():
-    with pytest.raises(ConfigError, match=r"raise graph\.p_in or graph\.p_out") as caught:
+    with pytest.raises(ConfigError, match=r"raise walks\.graph\.p_in or walks\.graph\.p_out") as caught:
         generate_graph(GraphConfig(n=40, K=4, p_in=0.02, p_out=0.001, max_attempts=3), seed=0)
-    assert caught.value.field == "graph.p_in"
+    assert caught.value.field == "walks.graph.p_in"
     assert caught.value.value == 0.02
-    assert "graph.p_out = 0.001" in str(caught.value)
+    assert "walks.graph.p_out = 0.001" in str(caught.value)
     assert "3 attempts" in str(caught.value)

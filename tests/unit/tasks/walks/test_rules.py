@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
-from accel_train.config.sections import GraphConfig, RulesConfig
 from accel_train.errors import ConfigError
+from accel_train.tasks.walks.config import GraphConfig, RulesConfig
 from accel_train.tasks.walks.graph import Graph, generate_graph
 from accel_train.tasks.walks.rules import designate_rules
 
@@ -80,8 +80,8 @@ def test_the_same_seed_gives_the_same_rules_and_another_seed_others():
 @pytest.mark.parametrize(
     ("config", "field", "length"),
     [
-        (RulesConfig(jump_lengths=(3,)), "rules.jump_lengths", 3),
-        (RulesConfig(jump_scales=(0.5,)), "rules.jump_scales", 32),
+        (RulesConfig(jump_lengths=(3,)), "walks.rules.jump_lengths", 3),
+        (RulesConfig(jump_scales=(0.5,)), "walks.rules.jump_scales", 32),
     ],
 )
 def test_a_length_that_allows_only_trivial_rules_is_named(config, field, length):

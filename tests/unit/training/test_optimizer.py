@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from accel_train.config.sections import TrainingConfig
-from accel_train.training.schedule import cosine_with_warmup, warmup_steps
+from accel_train.training.optimizer import cosine_with_warmup, warmup_steps
 
 
 def test_the_first_step_learns_and_the_last_of_the_warmup_is_at_the_peak():

@@ -1,0 +1,91 @@
+"""The Accelerator as the loop needs it, and what is said about it."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from accel_train.config.sections import TrainingConfig
+from accel_train.errors import ConfigError
+from accel_train.ranks import accelerator as module
+from accel_train.ranks.accelerator import arithmetic, build_accelerator, check_accelerator, machine, warm_up_buckets
+
+CONFIG = TrainingConfig(batch_size=8, gradient_accumulation_steps=2)
+
+
+def test_it_splits_batches_and_accumulates_as_configured():
+    accelerator = build_accelerator(CONFIG)
+    assert accelerator.split_batches
+    assert accelerator.gradient_accumulation_steps == 2
+    check_accelerator(accelerator, CONFIG)
+
+
+def test_building_it_draws_no_random_number():
+    torch.manual_seed(1)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    build_accelerator(CONFIG)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
+
+
+def test_processes_that_did_not_find_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE: 2 processes were launched but each sees 1"):
+        build_accelerator(TrainingConfig(batch_size=8))
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match=r"training\.batch_size: 8 .*multiple of 3"):
+        build_accelerator(TrainingConfig(batch_size=8))
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr(module, "get_available_trackers", list)
+    with pytest.raises(ConfigError, match=r"tracking\.log_with: 'wandb' is not installed"):
+        build_accelerator(CONFIG, log_with=["wandb"])
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_another_accumulation_is_refused(steps):
+    accelerator = Accelerator(gradient_accumulation_steps=steps)
+    with pytest.raises(ConfigError, match=f"does not agree with the Accelerator's {steps}"):
+        check_accelerator(accelerator, CONFIG)
+
+
+def test_whole_batches_for_every_rank_are_refused(monkeypatch):
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(ConfigError, match="must split batches"):
+        check_accelerator(accelerator, CONFIG)
+
+
+def test_arithmetic_names_precision_compilation_and_sharding():
+    expected = {"mixed_precision": "no", "compilation": "no", "sharding": "none"}
+    assert arithmetic(build_accelerator(CONFIG)) == expected
+
+
+def test_machine_names_what_else_decides_the_bits():
+    found = machine(build_accelerator(CONFIG))
+    assert (found["device"], found["device_type"], found["num_processes"]) == ("cpu", "cpu", 1)
+    assert (found["threads"], found["torch"]) == (torch.get_num_threads(), torch.__version__)
+
+
+def test_warming_up_leaves_buffers_as_they_were():
+    model = nn.BatchNorm1d(3)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    passes = []
+
+    def backward() -> None:
+        passes.append(model.training)
+        model(torch.rand(4, 3)).sum().backward()
+
+    model.eval()
+    warm_up_buckets(model, backward)
+    assert passes == [True, True], "the second pass of a process sums as all later ones do"
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
