@@ -17,11 +17,15 @@ def import_by_path(field: str, path: str) -> Any:
 
     Raises:
         ConfigError: the module cannot be imported, or has no such name.
+        Exception: whatever else the module raises while it is imported.
     """
     module, _, name = path.partition(":")
+    if not module or module.startswith("."):
+        raise ConfigError(field, path, "names no module; write package.module:name")
     try:
-        return getattr(importlib.import_module(module), name)
+        imported = importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(field, path, f"cannot be imported: {error}; is it installed or on PYTHONPATH?") from error
-    except AttributeError as error:
-        raise ConfigError(field, path, f"names nothing: {module} has no {name!r}") from error
+    if not hasattr(imported, name):
+        raise ConfigError(field, path, f"names nothing: {module} has no {name!r}")
+    return getattr(imported, name)

@@ -237,12 +237,14 @@ def experiment_class(name: str, section_class: type) -> type[ExperimentConfig]:
         section_class: its class; one that is no section yet becomes one.
 
     Raises:
-        ConfigError: a common field has this name.
+        ConfigError: a common field has this name, or a field of the section has no default.
     """
     if name in ExperimentConfig.__dataclass_fields__ or not name.isidentifier():
         raise ConfigError("task", name, "cannot be the name of a task's section; choose another")
     if not hasattr(section_class, "__pydantic_fields__"):
         section_class = section(name)(section_class)
+    for field_name, about in section_class.__pydantic_fields__.items():
+        check(not about.is_required(), "task", f"{name}.{field_name}", "is a field without a default; give it one")
     described = Field(default_factory=section_class, description=(section_class.__doc__ or "").partition("\n")[0])
     namespace = {
         "__module__": __name__,

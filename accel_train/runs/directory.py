@@ -172,12 +172,15 @@ def read_config(path: Path) -> ExperimentConfig:
     """Return the configuration that a run stored.
 
     Raises:
-        ConfigError: the file cannot be read, is no configuration, or is one of another version.
+        ConfigError: the file cannot be read, is no configuration, or is one of another version; or there is no
+            such task here.
     """
     try:
         values = load_yaml(str(path))
         return from_dict(values, config_class(str(values.get("task", ExperimentConfig.task))))
     except ConfigError as error:
+        if error.field == "task":
+            raise
         if error.field == "--config":
             raise ConfigError(str(path), CONFIG_FILE, error.rule) from error
         rule = f"was not written by this version of accel_train ({error}); use the one that wrote it, or train anew"

@@ -58,7 +58,7 @@ def task_class(task: str) -> type[Task]:
         task: a name in :data:`BUILT_IN`, or ``package.module:Class``.
 
     Raises:
-        ConfigError: there is no such task, or it is not one.
+        ConfigError: there is no such task, it is not one, or it lacks something that every task has.
     """
     if ":" not in task and task not in BUILT_IN:
         near = difflib.get_close_matches(task, BUILT_IN, n=1)
@@ -67,7 +67,8 @@ def task_class(task: str) -> type[Task]:
     found = import_by_path("task", BUILT_IN[task].task if task in BUILT_IN else task)
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise ConfigError("task", task, f"is no {Task.__module__}.{Task.__name__}; derive the class from that")
-    for attribute in ("name", "Config"):
-        if not hasattr(found, attribute):
-            raise ConfigError("task", task, f"has no {attribute}; see {Task.__module__}.{Task.__name__}")
+    kinds = {"name": str, "Config": type}
+    missing = [name for name, kind in kinds.items() if not isinstance(getattr(found, name, None), kind)]
+    if missing := [*missing, *sorted(found.__abstractmethods__)]:
+        raise ConfigError("task", task, f"has no {', no '.join(missing)}; see {Task.__module__}.{Task.__name__}")
     return found

@@ -1,8 +1,6 @@
 """A task of one's own: learn to sort short lists of digits, and stop when nearly all held-out lists come out sorted.
 
-Run it from the command line, like a built-in task:
-
-    PYTHONPATH=examples/own_task accel-train train --config examples/own_task/sorting.yaml
+Run it: PYTHONPATH=examples/own_task accel-train train --config examples/own_task/sorting.yaml
 """
 
 from __future__ import annotations
@@ -17,24 +15,21 @@ import torch
 from annotated_types import Ge, Le
 from torch import nn
 
-from accel_train.config.fields import Count, Fraction, check, result_values, section
+from accel_train.config.fields import Count, FractionBelowOne, check, section
 from accel_train.config.sections import ExperimentConfig
-from accel_train.files.atomic import sha256_json
+from accel_train.files.atomic import sha256_file, sha256_json
 from accel_train.files.shared import cached
 from accel_train.model.generation import generate
 from accel_train.process.work import SILENT, StopCheck, WorkContext, never
 from accel_train.tasks.base import Evaluation, GenerationOptions, Task
 from accel_train.tasks.criteria import Criterion, judge
 
-IGNORED = -100
-"""A target that the loss leaves out."""
-
 
 @section("sorting.gate")
 class GateConfig:
     """When the model behaves."""
 
-    accuracy_threshold: Fraction = 0.95
+    accuracy_threshold: FractionBelowOne = 0.95
     """More than this share of the held-out lists must come out sorted."""
     stop_on_pass: bool = True
     """End training when the gate passes."""
@@ -44,14 +39,14 @@ class GateConfig:
 class SortingConfig:
     """Lists of digits, and the same lists sorted."""
 
-    length: Annotated[int, Ge(2), Le(64)] = 6
+    length: Annotated[int, Ge(2), Le(18)] = 6
     """Digits in a list."""
-    digits: Annotated[int, Ge(2), Le(1000)] = 10
+    digits: Annotated[int, Ge(2), Le(10)] = 10
     """Different digits; one more token separates a list from its sorted form."""
     num_train: Count = 20_000
     """Lists to train on."""
     num_held_out: Count = 500
-    """Lists that the gate asks for."""
+    """Lists that the gate asks for; none of them is trained on."""
     gate: GateConfig = field(default_factory=GateConfig)
     """The gate."""
 
@@ -61,25 +56,28 @@ class SortingConfig:
         return f"n{self.length}"
 
     def check(self, config: ExperimentConfig) -> None:
-        """Refuse a context that holds no list together with its sorted form."""
+        """Refuse a context that is too short, and more lists than there are."""
         context, needed = config.model.max_seq_len, 2 * self.length
         check(context >= needed, "sorting.length", self.length, f"needs model.max_seq_len >= {needed}, not {context}")
+        all_lists, drawn = self.digits**self.length, self.num_train + self.num_held_out
+        rule = f"and {self.num_held_out} held out are more than the {all_lists} different lists; use longer ones"
+        check(drawn <= all_lists, "sorting.num_train", self.num_train, rule)
 
 
-class Sequences:
-    """``tokens`` ``(samples, 2 * length + 1)`` as inputs and targets; only sorted digits are targets."""
+class Lists:
+    """Rows of tokens, ``(lists, 2 * length + 1)``, as training samples: only the sorted digits are targets."""
 
-    def __init__(self, tokens: np.ndarray[Any, Any], length: int) -> None:
-        self._tokens, self._length = tokens, length
+    def __init__(self, rows: np.ndarray[Any, Any], length: int) -> None:
+        self._rows, self._length = rows, length
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return len(self._rows)
 
     def __getitems__(self, ids: np.ndarray[Any, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return inputs and targets, int64 ``(batch, 2 * length)`` each."""
-        tokens = torch.from_numpy(self._tokens[ids].astype(np.int64))
+        tokens = torch.from_numpy(self._rows[ids])
         targets = tokens[:, 1:].clone()
-        targets[:, : self._length] = IGNORED
+        targets[:, : self._length] = -100  # the loss leaves these out
         return tokens[:, :-1], targets
 
 
@@ -97,7 +95,6 @@ class Sorting(Task):
     def __init__(self, config: ExperimentConfig) -> None:
         super().__init__(config)
         self._section: SortingConfig = config.section
-        self._held_out: np.ndarray[Any, Any] = np.empty((0, 0), np.int64)
 
     @property
     def vocab_size(self) -> int:
@@ -105,42 +102,48 @@ class Sorting(Task):
         return self._section.digits + 1
 
     def build(self, shared: Path, work: WorkContext) -> str:
-        """Draw both sets of lists once for all runs of the same section and seed; complete or absent."""
-        key = sha256_json([dict(result_values(self._section)), self.config.seed])[:16]
+        """Draw the lists once for all runs that need the same ones; the key names what they depend on."""
+        own = self._section
+        key = sha256_json([own.length, own.digits, own.num_train, own.num_held_out, self.config.seed])[:16]
         directory = cached(shared, f"sorting-{key}", self._write, work)
-        work.say("corpus", f"{self._section.num_train:,} lists of {self._section.length} in {directory.name}")
+        work.say("corpus", f"{own.num_train:,} lists of {own.length} digits in {directory.name}")
         return str(directory)
 
     def _write(self, directory: Path) -> None:
-        section, random = self._section, np.random.default_rng(self.config.seed)
-        for name, count in (("train", section.num_train), ("held_out", section.num_held_out)):
-            lists = random.integers(section.digits, size=(count, section.length), dtype=np.int64)
-            separator = np.full((count, 1), section.digits)
-            np.save(directory / f"{name}.npy", np.hstack([lists, separator, np.sort(lists, axis=1)]))
+        own, random = self._section, np.random.default_rng(self.config.seed)
+        # Every list is a number, and none is drawn twice: what is held out is never trained on.
+        numbers = random.choice(own.digits**own.length, own.num_train + own.num_held_out, replace=False)
+        lists = numbers[:, None] // own.digits ** np.arange(own.length) % own.digits
+        rows = np.hstack([lists, np.full((len(lists), 1), own.digits), np.sort(lists)])
+        np.save(directory / "train.npy", rows[: own.num_train])
+        np.save(directory / "held_out.npy", rows[own.num_train :])
 
-    def open(self, artifacts: str) -> Sequences:
-        """Return the training lists, memory-mapped; opens the held-out ones as well."""
-        self._held_out = np.load(Path(artifacts) / "held_out.npy", mmap_mode="r")
-        return Sequences(np.load(Path(artifacts) / "train.npy", mmap_mode="r"), self._section.length)
+    def open(self, artifacts: str) -> Lists:
+        """Return the training lists, memory-mapped; the held-out ones are opened beside them."""
+        self._directory = Path(artifacts)
+        self._held_out = np.load(self._directory / "held_out.npy")
+        return Lists(np.load(self._directory / "train.npy", mmap_mode="r"), self._section.length)
+
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of both sets: a resumed run goes on with the same lists or is refused."""
+        return {name: sha256_file(self._directory / name) for name in ("train.npy", "held_out.npy")}
 
     def evaluate(self, model: nn.Module, losses: Mapping[str, float], work: WorkContext) -> Evaluation:
         """Let the model sort every held-out list, and count those without a mistake."""
         written = self._sorted(model, self._held_out, work.should_stop)
-        right = int((written == self._held_out).all(axis=1).sum())
-        asked = [Criterion("accuracy", ">", self._section.gate.accuracy_threshold)]
-        figures = {"accuracy": right / len(self._held_out)}
-        return Evaluation(judge(asked, figures, evidence={"lists": len(self._held_out), "sorted": right}))
+        right, asked = int((written == self._held_out).all(axis=1).sum()), len(self._held_out)
+        criteria = [Criterion("accuracy", ">", self._section.gate.accuracy_threshold)]
+        return Evaluation(judge(criteria, {"accuracy": right / asked}, evidence={"lists": asked, "sorted": right}))
 
     def prepare_generation(self, checkpoint: Path, shared: Path) -> None:
         """Open the held-out lists, which are the prompts."""
         self.open(self.build(shared, SILENT))
 
     def generate(self, model: nn.Module, options: GenerationOptions) -> Iterator[str]:
-        """Yield lists and what the model makes of them."""
+        """Yield held-out lists and what the model makes of them, a line each."""
         for row in self._sorted(model, self._held_out[: options.num or 5], never).tolist():
             yield f"{row[: self._section.length]} -> {row[self._section.length + 1 :]}\n"
 
-    def _sorted(self, model: nn.Module, tokens: np.ndarray[Any, Any], stop: StopCheck) -> np.ndarray[Any, Any]:
-        prompts = torch.from_numpy(np.array(tokens[:, : self._section.length + 1]))
-        prompts = prompts.to(next(model.parameters()).device)
-        return generate(model, prompts, tokens.shape[1], temperature=0.0, should_stop=stop).cpu().numpy()
+    def _sorted(self, model: nn.Module, rows: np.ndarray[Any, Any], should_stop: StopCheck) -> np.ndarray[Any, Any]:
+        prompts = torch.from_numpy(rows[:, : self._section.length + 1]).to(next(model.parameters()).device)
+        return generate(model, prompts, rows.shape[1], temperature=0.0, should_stop=should_stop).cpu().numpy()
