@@ -25,7 +25,7 @@ from accel_train.errors import ConfigError
 ClassOf = Callable[[str], type[ExperimentConfig]]
 """``class_of(task)``: the configuration class with the section of a task."""
 
-_MOVED = {"training.init_from": "start.weights"}
+_MOVED = {"training.init_from": "start.weights", "training.lock_timeout": "start.lock_timeout"}
 """Fields of earlier versions whose name says nothing of where they are now."""
 _METAVARS = {int: "N", float: "X", str: "TEXT", bool: "true|false"}
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from accel_train.config.fields import from_dict, to_dict
 from accel_train.config.identity import config_hash, differing_fields, experiment_id, hashed_fields
 from accel_train.config.sections import TrainingConfig
-from accel_train.tasks.registry import config_class, experiment_config
+from accel_train.tasks.registry import BUILT_IN, config_class, experiment_config
 from accel_train.tasks.text.config import TextConfig
 
 COMMON_LEFT_OUT = {
@@ -54,7 +54,7 @@ def with_field(name, value):
     return from_dict(values, config_class("walks"))
 
 
-@pytest.mark.parametrize("task", ["walks", "text"])
+@pytest.mark.parametrize("task", BUILT_IN)
 def test_hash_covers_every_field_but_those_listed(task):
     config = experiment_config(task=task)
     hashed, every = set(leaves(hashed_fields(config))), set(leaves(to_dict(config)))

@@ -8,7 +8,13 @@ from typing import Any
 import jsonschema
 import pytest
 
-from accel_train.pipeline.reports import advice, load_metrics_schema, training_metrics
+from accel_train.pipeline.reports import (
+    advice,
+    load_metrics_schema,
+    training_metrics,
+    validation_report,
+    verdict_lines,
+)
 from accel_train.tasks.text.config import GateConfig
 from accel_train.tasks.text.task import TextTask
 
@@ -74,3 +80,38 @@ def test_advice_is_for_what_was_missed() -> None:
         f"{TextTask.advice['overfit_gap']}; {TextTask.advice['rss_mb']}; "
         "or change the gate in the configuration (--config)"
     )
+
+
+def test_a_missed_criterion_without_advice_leaves_the_gate() -> None:
+    rows = [{"metric": "something_new", "passed": False}]
+    assert advice(TextTask.advice, {"criteria": rows}) == "or change the gate in the configuration (--config)"
+
+
+def test_the_report_holds_the_verdict_and_what_it_rests_on() -> None:
+    gate = {"passed": False, "criteria": [], "failure_reason": "thin", "evidence": {"n": 3}, "epoch": None}
+    checkpoint = {"path": "run/checkpoints/step_0000004", "weights_sha256": "0" * 64}
+    assert validation_report(gate, {"final_val_loss": 2.0}, Path("run"), checkpoint) == {
+        "run": "run",
+        "checkpoint": checkpoint,
+        "metrics": {"final_val_loss": 2.0},
+        "passed": False,
+        "criteria": [],
+        "failure_reason": "thin",
+        "evidence": {"n": 3},
+    }
+
+
+def test_the_verdict_is_a_line_for_every_criterion() -> None:
+    rows = [
+        {"metric": "val_loss", "op": "<", "threshold": 5.0, "value": 2.5, "passed": True},
+        {"metric": "rss_mb", "op": "<=", "threshold": 400.0, "value": None, "passed": False},
+    ]
+    scalars = {"final_val_loss": 2.5, "val_bits_per_byte": 1.25, "best_val_loss": 2.25}
+    lines = verdict_lines({"criteria": rows}, scalars)
+    assert [heading for heading, _ in lines] == ["measured", "passed", "MISSED"]
+    told = [" ".join(line.split()) for _, line in lines]
+    assert told == [
+        "2.5000 nats per token, 1.2500 bits per byte on the held-out text (best 2.2500)",
+        "val_loss 2.5 asked < 5",
+        "rss_mb not measured asked <= 400",
+    ]

@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 
 from accel_train.tasks.text.builtin import builtin_text
-from accel_train.tasks.text.sample_quality import language_of, repetition
+from accel_train.tasks.text.sample_quality import language_of
 
 
 @pytest.mark.parametrize("size", [1, 1000, 300_000])
@@ -41,24 +41,3 @@ def test_no_text_has_to_fit_in_memory() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1_000_000
-
-
-@pytest.mark.parametrize(
-    ("text", "language"),
-    [
-        ("It was the best of times, it was the worst of times", "English"),
-        ("En un lugar de la Mancha, de cuyo nombre no quiero acordarme", "Spanish"),
-        ("", None),
-        ("1234 xyz", None),
-    ],
-)
-def test_languages_are_told_by_their_words(text: str, language: str | None) -> None:
-    assert language_of(text) == language
-
-
-@pytest.mark.parametrize(
-    ("tokens", "share"),
-    [([], 0.0), ([1, 2, 3], 0.0), (list(range(50)), 0.0), ([1, 2] * 50, 1 - 2 / 97), ([1, 2, 3, 4, 1, 2, 3, 4], 1 / 5)],
-)
-def test_repetition_is_the_share_of_runs_seen_before(tokens: list[int], share: float) -> None:
-    assert repetition(tokens) == pytest.approx(share)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from accel_train.errors import Interrupted
 from accel_train.tasks.text import corpus as module
 from accel_train.tasks.text.builtin import builtin_text
-from accel_train.tasks.text.corpus import Corpus, UnusableCorpus, check_corpus, find_files
+from accel_train.tasks.text.corpus import Corpus, UnusableCorpus, check_corpus, find_files, unify_line_ends
 from accel_train.tasks.text.tokenizer import train_tokenizer
 
 
@@ -153,3 +153,7 @@ def test_every_byte_is_counted(tmp_path: Path) -> None:
     counts: list[int] = []
     check_corpus([path], progress=counts.append)
     assert sum(counts) == 2000
+
+
+def test_line_ends_of_all_systems_become_one() -> None:
+    assert unify_line_ends("dos\r\nmac\runix\n\r\n\r") == "dos\nmac\nunix\n\n\n"

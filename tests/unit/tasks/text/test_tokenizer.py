@@ -17,6 +17,7 @@ from accel_train.tasks.text.tokenizer import (
     ALPHABET,
     CHAR_VOCAB_SIZE,
     SPECIAL_TOKENS,
+    UNKNOWN,
     TextTokenizer,
     VocabularyError,
     char_tokenizer,
@@ -163,3 +164,31 @@ def test_large_vocabularies_need_four_bytes() -> None:
     assert tokenizer.dtype is np.uint16
     tokenizer.vocab_size = 2**16 + 1
     assert tokenizer.dtype is np.uint32
+
+
+# -- the alphabet of characters -----------------------------------------------------------
+
+
+def test_the_alphabet_is_tab_newline_and_printable_ascii() -> None:
+    assert list(map(ord, ALPHABET)) == [9, 10, *range(32, 127)]
+
+
+@pytest.mark.parametrize(
+    ("text", "normalized"),
+    [
+        ("", ""),
+        ("Plain text,\n\twith a tab.", "Plain text,\n\twith a tab."),
+        ("\x00\x1f\x7f\r", UNKNOWN * 4),
+        ("año", f"a{UNKNOWN}o"),
+        ("\N{GRINNING FACE}", UNKNOWN),
+    ],
+)
+def test_everything_else_becomes_the_unknown_character(text: str, normalized: str) -> None:
+    assert normalize_text(text) == normalized
+
+
+@given(st.text())
+def test_normalizing_keeps_the_length_and_is_done_after_once(text: str) -> None:
+    once = normalize_text(text)
+    assert len(once) == len(text)
+    assert normalize_text(once) == once

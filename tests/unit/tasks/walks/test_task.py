@@ -1,8 +1,7 @@
-"""The walk task: corpus, preflight, gate."""
+"""The walk task: samples, preflight, gate, what it writes."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Any
 
@@ -14,8 +13,8 @@ from torch import nn
 from accel_train.config.fields import from_dict
 from accel_train.errors import ConfigError, CorpusError, Interrupted
 from accel_train.process.work import SILENT, WorkContext
+from accel_train.tasks.base import GenerationOptions
 from accel_train.tasks.registry import config_class
-from accel_train.tasks.walks.compliance import score
 from accel_train.tasks.walks.task import WalksTask
 from accel_train.training.trainer import Trainer
 
@@ -72,38 +71,12 @@ class Bigram(nn.Module):
         return self.next(tokens)
 
 
-def test_the_corpora_obey_every_rule_and_are_independent(tmp_path):
-    task, _ = opened(tmp_path)
-    for walks in (task.corpus.walks, task.corpus.held_out):
-        found = score(np.asarray(walks), task.corpus.graph, task.corpus.rules)
-        assert found.edge_compliance == found.rule_compliance == 1.0
-        assert found.rule_checks > 100
-    train = {tuple(chunk) for row in np.asarray(task.corpus.walks) for chunk in (row[:17], row[17:])}
-    assert not train & {tuple(row) for row in np.asarray(task.corpus.held_out)}
-
-
-def test_a_second_build_reuses_the_artifacts_and_another_seed_does_not(tmp_path):
-    said = []
-    first = WalksTask(config()).build(tmp_path, SILENT)
-    again = WalksTask(config()).build(tmp_path, WorkContext(lambda phase, what: said.append(what)))
-    assert again == first
-    assert any("found and verified" in line for line in said)
-    other = WalksTask(dataclasses.replace(config(), seed=7)).build(tmp_path, SILENT)
-    assert other != first
-
-
 def test_the_samples_are_chunks_of_the_walks(tmp_path):
     task, dataset = opened(tmp_path)
     assert len(dataset) == 600 * (34 // 17)
     inputs, targets = dataset[1]
     assert inputs.tolist() == task.corpus.walks[0, 17:33].tolist()
     assert targets.tolist() == task.corpus.walks[0, 18:34].tolist()
-
-
-def test_an_interrupted_build_leaves_nothing(tmp_path):
-    with pytest.raises(Interrupted):
-        WalksTask(config()).build(tmp_path, WorkContext(should_stop=lambda: True))
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 def test_the_preflight_says_what_the_gate_can_reach(tmp_path):
@@ -223,6 +196,29 @@ def test_a_model_that_runs_in_a_circle_shows_in_the_evidence(tmp_path):
     evidence = task.evaluate(TwoCycle(task.corpus.graph.n), {}, SILENT).verdict.evidence
     assert evidence["distinct_sequences"] > 100, "the prompts differ, so the sequences do"
     assert evidence["distinct_transitions"] < 100
+
+
+def test_walks_are_written_a_line_each(tmp_path):
+    task, _ = opened(tmp_path)
+    oracle = Oracle(np.asarray(task.corpus.held_out), task.corpus.graph.n)
+    lines = list(task.generate(oracle, GenerationOptions(num=3)))
+    assert lines == [" ".join(map(str, walk)) + "\n" for walk in task.corpus.held_out[:3].tolist()]
+
+
+def test_five_walks_are_written_by_default(tmp_path):
+    task, _ = opened(tmp_path)
+    assert len(list(task.generate(Bigram(task.corpus.graph.n), GenerationOptions()))) == 5
+
+
+def test_more_walks_than_prompts_are_refused(tmp_path):
+    task, _ = opened(tmp_path)
+    with pytest.raises(ConfigError, match="--num: 201 is more than the 200 held-out prompts"):
+        list(task.generate(Bigram(task.corpus.graph.n), GenerationOptions(num=201)))
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_the_gate_of_the_section_says_whether_training_stops(stops):
+    assert WalksTask(config(gate={"stop_on_pass": stops})).stops_on_pass is stops
 
 
 def test_the_evaluation_can_be_interrupted_and_leaves_the_global_rng(tmp_path):
