@@ -99,10 +99,7 @@ class Permutation:
         for key in self._round_keys:
             # The upper half of the word, scaled to the base, is far cheaper than a remainder.
             moved = left + ((_mix(right ^ key) >> np.uint64(32)) * base >> np.uint64(32))
-            left, right = (
-                right,
-                np.minimum(moved, moved - base),
-            )  # modulo base: an underflow is huge
+            left, right = right, np.minimum(moved, moved - base)  # modulo base: an underflow is huge
         return left * base + right
 
 

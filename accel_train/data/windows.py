@@ -84,10 +84,7 @@ _MIN_BLOCKS = 4
 
 
 def split_corpus(
-    num_tokens: int,
-    context_length: int,
-    val_fraction: float = 0.05,
-    how: Literal["tail", "blocks"] = "tail",
+    num_tokens: int, context_length: int, val_fraction: float = 0.05, how: Literal["tail", "blocks"] = "tail"
 ) -> tuple[Ranges, Ranges]:
     """Split a stream of tokens into a part for training and one for validation; no token is in both.
 

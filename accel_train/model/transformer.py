@@ -71,11 +71,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.d_model, config.d_model)
 
     def forward(
-        self,
-        x: Tensor,
-        angles: Angles | None,
-        recorder: Recorder | None = None,
-        cache: KVCache | None = None,
+        self, x: Tensor, angles: Angles | None, recorder: Recorder | None = None, cache: KVCache | None = None
     ) -> Tensor:
         """Map ``(batch, time, d_model)`` to the same shape."""
         batch, time, width = x.shape
@@ -127,11 +123,7 @@ class Block(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(
-        self,
-        x: Tensor,
-        angles: Angles | None,
-        recorder: Recorder | None = None,
-        cache: KVCache | None = None,
+        self, x: Tensor, angles: Angles | None, recorder: Recorder | None = None, cache: KVCache | None = None
     ) -> Tensor:
         """Map the residual stream ``(batch, time, d_model)`` to the next one."""
         x = x + self.dropout(self.attention(self.attention_norm(x), angles, recorder, cache))

@@ -104,13 +104,7 @@ class Meter:
     """
 
     def __init__(
-        self,
-        what: str,
-        total: int | None,
-        say: Callable[[str], None],
-        *,
-        bar: bool | None = None,
-        unit: str = "B",
+        self, what: str, total: int | None, say: Callable[[str], None], *, bar: bool | None = None, unit: str = "B"
     ) -> None:
         self._what, self._total, self._say, self._unit = what, total, say, unit
         self._wants_bar = sys.stderr.isatty() if bar is None else bar
