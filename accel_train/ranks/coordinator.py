@@ -23,13 +23,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from accel_train.errors import EXIT_FAILED, Interrupted, LostPeer, PeerFailed, RunError
 from accel_train.process.signals import StopSignal
+from accel_train.process.work import StopCheck
 from accel_train.ranks.store import RankStore, first_line
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ class Coordinator:
 
     # -- main-only phases ------------------------------------------------------------------
 
-    def main_phase(self, name: str, work: Callable[[Callable[[], bool]], T]) -> T:
+    def main_phase(self, name: str, work: Callable[[StopCheck], T]) -> T:
         """Run ``work(should_stop)`` on the main process; every rank returns its result.
 
         Args:
@@ -132,8 +133,8 @@ class Coordinator:
         self._sequence += 1
         self._store.phase = name
         key = f"phase{self._sequence}"
-        result = self._lead(key, name, work) if self.is_main else self._follow(key, name)
-        return cast(T, result)
+        result: T = self._lead(key, name, work) if self.is_main else self._follow(key, name)
+        return result
 
     def announce_failure(self, error: BaseException) -> None:
         """Tell ranks that wait in a phase or a gather that this one is leaving."""
@@ -177,11 +178,10 @@ class Coordinator:
 
     def _described(self, error: BaseException) -> dict[str, Any]:
         """Return what the other ranks are told of an error; :func:`_heard` is the inverse."""
-        message = str(error)
         return {
             "rank": self.rank,
-            "error": f"{type(error).__name__}: {message}",
-            "message": message,
+            "error": f"{type(error).__name__}: {error}",
+            "message": str(error),
             "exit_code": getattr(error, "exit_code", EXIT_FAILED),
             "lost": list(error.ranks) if isinstance(error, LostPeer) else None,
         }
@@ -205,7 +205,7 @@ class Coordinator:
             self._await_ranks(f"{key}/read", name)
         return values
 
-    def _lead(self, key: str, name: str, work: Callable[[Callable[[], bool]], T]) -> T:
+    def _lead(self, key: str, name: str, work: Callable[[StopCheck], Any]) -> Any:
         try:
             with self._heartbeat(key):
                 result = work(self._stop_reader(key, name))
@@ -223,26 +223,20 @@ class Coordinator:
         # Collectives may follow: start them only when nobody is still polling.
         self._store.set(f"{key}/{self.rank}", "ready")
         self._await_ranks(key, name)
-        return cast(T, json.loads(encoded)["value"])
+        return json.loads(encoded)["value"]
 
     def _follow(self, key: str, name: str) -> Any:
-        posted, beat, seen_at = False, "", time.monotonic()
-        own_beats, next_beat = 0, 0.0
+        posted, next_beat, beats = False, 0.0, {0: ("", time.monotonic())}
         while not self._store.has(f"{key}/outcome"):
             if time.monotonic() >= next_beat:
-                own_beats, next_beat = own_beats + 1, time.monotonic() + _HEARTBEAT_SECONDS
-                self._store.set(f"{key}/beat/{self.rank}", str(own_beats))
+                next_beat = time.monotonic() + _HEARTBEAT_SECONDS
+                self._beat(key)
             if self.stop.requested and not posted:
                 self._store.set(f"{key}/stop", str(self.rank))
                 posted = True
-            if self._store.has(f"{key}/beat"):
-                newest = self._store.get(f"{key}/beat")
-                if newest != beat:
-                    beat, seen_at = newest, time.monotonic()
             if self._store.has("failure") and not self._store.has(f"{key}/outcome"):
                 self._raise_announced(name)
-            if time.monotonic() - seen_at > self.timeout:
-                raise LostPeer(f"rank 0 has been silent for {self.timeout:g} s in '{name}'", ranks=[0])
+            self._check_beats(beats, key, name)
             time.sleep(_POLL_SECONDS)
         outcome = json.loads(self._store.get(f"{key}/outcome"))
         self._store.set(f"{key}/{self.rank}", "ready")
@@ -252,7 +246,7 @@ class Coordinator:
             raise _heard(outcome, name)
         return outcome["value"]
 
-    def _stop_reader(self, key: str, name: str) -> Callable[[], bool]:
+    def _stop_reader(self, key: str, name: str) -> StopCheck:
         """``should_stop`` for the main process: its own flag, and at intervals everybody's.
 
         It raises :class:`LostPeer` when a waiting rank has been silent for longer than the timeout: work
@@ -270,28 +264,33 @@ class Coordinator:
                     self.stop.request(f"a signal to rank {self._store.get(f'{key}/stop')}")
             if now >= next_count:
                 next_count = now + _HEARTBEAT_SECONDS
-                for rank, (beat, seen_at) in beats.items():
-                    beat_key = f"{key}/beat/{rank}"
-                    newest = self._store.get(beat_key) if self._store.has(beat_key) else ""
-                    if newest != beat:
-                        beats[rank] = (newest, now)
-                    elif now - seen_at > self.timeout:
-                        raise LostPeer(f"rank {rank} has been silent for {self.timeout:g} s in '{name}'", ranks=[rank])
+                self._check_beats(beats, key, name)
             return self.stop.requested
 
         return should_stop
+
+    def _beat(self, key: str) -> None:
+        self._store.set(f"{key}/beat/{self.rank}", str(time.monotonic()))
+
+    def _check_beats(self, beats: dict[int, tuple[str, float]], key: str, name: str) -> None:
+        """Raise when a rank is silent; ``beats`` holds the last heartbeat of each and when it was new."""
+        now = time.monotonic()
+        for rank, (beat, seen_at) in beats.items():
+            beat_key = f"{key}/beat/{rank}"
+            newest = self._store.get(beat_key) if self._store.has(beat_key) else ""
+            if newest != beat:
+                beats[rank] = newest, now
+            elif now - seen_at > self.timeout:
+                raise LostPeer(f"rank {rank} has been silent for {self.timeout:g} s in '{name}'", ranks=[rank])
 
     @contextmanager
     def _heartbeat(self, key: str) -> Iterator[None]:
         done = threading.Event()
 
         def beat() -> None:
-            count = 0
-            while True:
-                count += 1
-                self._store.set(f"{key}/beat", str(count))
-                if done.wait(_HEARTBEAT_SECONDS):
-                    return
+            self._beat(key)
+            while not done.wait(_HEARTBEAT_SECONDS):
+                self._beat(key)
 
         thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
         thread.start()
@@ -314,8 +313,8 @@ class Coordinator:
             if failed:
                 self._raise_announced(name)
             if time.monotonic() > deadline:
-                late = f"rank {_listed(missing)} did not arrive at '{name}' within {self.timeout:g} s"
-                raise LostPeer(late, ranks=missing)
+                late = ", ".join(map(str, missing))
+                raise LostPeer(f"rank {late} did not arrive at '{name}' within {self.timeout:g} s", ranks=missing)
             time.sleep(_POLL_SECONDS / 5)
 
 
@@ -327,9 +326,5 @@ def _heard(notice: Mapping[str, Any], name: str) -> RunError:
 
 
 def _with_ranks(error: LostPeer, silent: Sequence[int]) -> LostPeer:
-    who = f"rank {_listed(silent)} does not answer any more: " if silent else ""
+    who = f"rank {', '.join(map(str, silent))} does not answer any more: " if silent else ""
     return LostPeer(f"{who}{error}", ranks=silent)
-
-
-def _listed(ranks: Iterable[int]) -> str:
-    return ", ".join(map(str, ranks))

@@ -4,60 +4,29 @@ from __future__ import annotations
 
 import itertools
 import os
-import queue
-import threading
+import re
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
-from accel_train.errors import LostPeer
+from accel_train.errors import Interrupted, LostPeer
+from accel_train.process.work import abandonable
 
 T = TypeVar("T")
 
 # Every rank makes its stores in the same order, so the count names them.
 _count = itertools.count()
 
-_LOST_PEER_SIGNS = (
-    "connection closed",
-    "connection reset",
-    "connection refused",
-    "timed out",
-    "broken pipe",
-    "nccl",
-    "gloo",
-    "recv operation",
-)
+_LOST_PEER_SIGNS = r"connection (closed|reset|refused)|timed out|broken pipe|nccl|gloo|recv operation"
 
 
 def is_lost_peer(error: BaseException) -> bool:
     """Return whether a collective failed because another rank is gone: backends say so in words only."""
     theirs = dist.is_available() and (type(error) is RuntimeError or isinstance(error, dist.DistError))
-    return theirs and any(sign in str(error).lower() for sign in _LOST_PEER_SIGNS)
-
-
-class _Caller(threading.Thread):
-    """Makes calls that may never return, one after the other, so that whoever wants the answer can give up."""
-
-    def __init__(self) -> None:
-        super().__init__(name="store", daemon=True)
-        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
-        self.start()
-
-    def run(self) -> None:
-        while True:
-            call, answer = self._calls.get()
-            try:
-                answer.set_result(call())
-            except BaseException as error:
-                answer.set_exception(error)
-
-    def call(self, call: Callable[[], T], timeout_seconds: float) -> T:
-        answer: Future[T] = Future()
-        self._calls.put((call, answer))
-        return answer.result(timeout_seconds)
+    return theirs and re.search(_LOST_PEER_SIGNS, str(error), re.IGNORECASE) is not None
 
 
 class RankStore:
@@ -82,13 +51,12 @@ class RankStore:
         exchange = dist.distributed_c10d._get_default_store()
         address_key, timeout = f"accel_train/store{next(_count)}", timedelta(seconds=timeout_seconds)
         host = os.environ.get("MASTER_ADDR", "localhost")
-        serves = rank == 0
-        port = 0 if serves else int(exchange.get(address_key))
+        self._serves = rank == 0
+        port = 0 if self._serves else int(exchange.get(address_key))
         self._store = dist.TCPStore(  # type: ignore[attr-defined] # exported, but not by name
-            host, port, is_master=serves, wait_for_workers=False, timeout=timeout
+            host, port, is_master=self._serves, wait_for_workers=False, timeout=timeout
         )
-        self._caller = None if serves else _Caller()
-        if serves:
+        if self._serves:
             exchange.set(address_key, str(self._store.port))
 
     def give_up_after(self, seconds: float) -> None:
@@ -108,9 +76,10 @@ class RankStore:
         return self._ask(lambda: bool(self._store.check([key])))
 
     def _ask(self, access: Callable[[], T]) -> T:
+        deadline = time.monotonic() + self._timeout
         try:
-            return access() if self._caller is None else self._caller.call(access, self._timeout)
-        except TimeoutError as error:
+            return access() if self._serves else abandonable(lambda _: access(), lambda: time.monotonic() > deadline)
+        except Interrupted as error:
             raise LostPeer(
                 f"rank 0 has not answered for {self._timeout:g} s (waiting for '{self.phase}'): "
                 "it or the link to its machine is down",
