@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,13 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 
-from accel_train.checkpoints.manifest import (
-    list_checkpoints,
-    newest_sound,
-    read_manifest,
-    require_configuration,
-    step_directory,
-    write_manifest,
-)
+from accel_train.checkpoints import manifest
 from accel_train.checkpoints.random_states import derive_rank_seed, rng_digest
 from accel_train.checkpoints.state import TrainingState
 from accel_train.config.sections import CheckpointConfig
 from accel_train.errors import CheckpointError, CheckpointMismatch
 from accel_train.files.atomic import fsync_file
-from accel_train.files.sealed import commit, leftovers, retire, temporary_path
+from accel_train.files import sealed
 from accel_train.process import fault_points
 from accel_train.process.work import pass_by
 from accel_train.ranks.coordinator import Coordinator
@@ -54,9 +48,6 @@ log = logging.getLogger(__name__)
 @contextmanager
 def _no_crc32() -> Iterator[None]:
     """Turn off torch's CRC32 of every tensor, for which training would have to wait: the manifest has a SHA-256."""
-    if not hasattr(torch.serialization, "set_crc32_options"):
-        yield
-        return
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -65,6 +56,7 @@ def _no_crc32() -> Iterator[None]:
         torch.serialization.set_crc32_options(before)
 
 
+@dataclass(eq=False)
 class Checkpointer:
     """Saves and restores the state of one run. All methods are called on every rank.
 
@@ -81,35 +73,24 @@ class Checkpointer:
         reached: called with every fault point (see :mod:`accel_train.process.fault_points`).
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        accelerator: Accelerator,
-        coordinator: Coordinator,
-        config: CheckpointConfig,
-        *,
-        config_hash: str = "",
-        seed: int = 0,
-        extra_files: Mapping[str, bytes] | None = None,
-        logs: Sequence[Path] = (),
-        restart: bool = False,
-        reached: Callable[[str], None] = pass_by,
-    ) -> None:
-        self.directory = directory
-        self._accelerator = accelerator
-        self._coordinator = coordinator
-        self._config = config
-        self._config_hash = config_hash
-        self._seed = seed
-        self._extra_files = dict(extra_files or {})
-        self._logs = tuple(logs)
-        self._restart = restart
-        self._reached = reached
+    directory: Path
+    accelerator: Accelerator
+    coordinator: Coordinator
+    config: CheckpointConfig
+    _: KW_ONLY
+    config_hash: str = ""
+    seed: int = 0
+    extra_files: Mapping[str, bytes] = field(default_factory=dict)
+    logs: Sequence[Path] = ()
+    restart: bool = False
+    reached: Callable[[str], None] = pass_by
+
+    def __post_init__(self) -> None:
         self._newest: int | None = None
         self._state: TrainingState | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-commit")
         self._commit: Future[None] | None = None
-        accelerator.register_save_state_pre_hook(self._write_own_files)
+        self.accelerator.register_save_state_pre_hook(self._write_own_files)
 
     # -- saving ----------------------------------------------------------------------------
 
@@ -127,29 +108,28 @@ class Checkpointer:
                 (disk full, not writable); earlier checkpoints are intact.
             LostPeer: another rank is gone; nothing was committed.
         """
-        target = self.directory / step_directory(state.step)
+        target = self.directory / manifest.step_directory(state.step)
         if self._newest == state.step:
             return target
         phase = "commit of the checkpoint before"
-        temporary = self.directory / self._coordinator.main_phase(phase, lambda _: self._make_way(target))
-        self._reached(fault_points.SAVE_BEGUN)
+        temporary = self.directory / self.coordinator.main_phase(phase, lambda _: self._make_way(target))
+        self.reached(fault_points.SAVE_BEGUN)
         self._write(temporary, state)
-        if not self._coordinator.is_main:
-            for file in temporary.glob(f"random_states_{self._coordinator.rank}.*"):
+        if not self.coordinator.is_main:
+            for file in temporary.glob(f"random_states_{self.coordinator.rank}.*"):
                 fsync_file(file)
-        self._reached(fault_points.SAVE_WRITTEN)
-        rng = self._coordinator.gather("checkpoint files", rng_digest(self._accelerator.device))
-        if self._coordinator.is_main:
+        self.reached(fault_points.SAVE_WRITTEN)
+        rng = self.coordinator.gather("checkpoint files", rng_digest(self.accelerator.device))
+        if self.coordinator.is_main:
             header = {
                 "step": state.step,
                 "epoch": state.epoch,
-                "world_size": self._coordinator.world_size,
-                "config_hash": self._config_hash,
+                "world_size": self.coordinator.world_size,
+                "config_hash": self.config_hash,
                 "rng": [{"rank": rank, "sha256": digest} for rank, digest in enumerate(rng)],
             }
-            self._commit = self._thread.submit(
-                self._finish, temporary, target, header, {state.keep_step, state.best_step}
-            )
+            kept = {state.keep_step, state.best_step}
+            self._commit = self._thread.submit(self._finish, temporary, target, header, kept)
         self._newest = state.step
         return target
 
@@ -159,7 +139,7 @@ class Checkpointer:
         Raises:
             CheckpointError: it could not be committed; earlier checkpoints are intact.
         """
-        self._coordinator.main_phase("commit of the checkpoint", lambda _: self._join())
+        self.coordinator.main_phase("commit of the checkpoint", lambda _: self._join())
 
     @property
     def idle(self) -> bool:
@@ -193,13 +173,13 @@ class Checkpointer:
 
     def _make_way(self, target: Path) -> str:
         self._join()
-        return temporary_path(target).name
+        return sealed.temporary_path(target).name
 
     def _write(self, temporary: Path, state: TrainingState) -> None:
         self._state = state
         try:
             with _no_crc32():
-                self._accelerator.save_state(str(temporary), safe_serialization=True)
+                self.accelerator.save_state(str(temporary), safe_serialization=True)
         except (OSError, RuntimeError, SafetensorError) as error:
             if is_lost_peer(error):
                 raise
@@ -209,27 +189,27 @@ class Checkpointer:
             self._state = None
 
     def _write_own_files(self, _models: object, _weights: object, output_dir: str) -> None:
-        if self._state is None or not self._coordinator.is_main:
+        if self._state is None or not self.coordinator.is_main:
             return
         directory = Path(output_dir)
         self._state.save(directory)
-        for name, content in self._extra_files.items():
+        for name, content in self.extra_files.items():
             (directory / name).write_bytes(content)
-        self._reached(fault_points.SAVE_HALF_WRITTEN)
+        self.reached(fault_points.SAVE_HALF_WRITTEN)
 
     def _finish(self, temporary: Path, target: Path, header: Mapping[str, Any], kept: Container[int | None]) -> None:
         """Digest, seal, rename and rotate; in the background, on the main process."""
         try:
-            self._reached(fault_points.COMMIT_BEGUN)
-            for file in self._logs:
+            self.reached(fault_points.COMMIT_BEGUN)
+            for file in self.logs:
                 if file.exists():
                     fsync_file(file)
-            write_manifest(temporary, header)
-            self._reached(fault_points.COMMIT_SEALED)
-            commit(temporary, target)
+            manifest.write_manifest(temporary, header)
+            self.reached(fault_points.COMMIT_SEALED)
+            sealed.commit(temporary, target)
         except OSError as error:
             raise self._given_up(temporary, header["step"], error) from error
-        self._reached(fault_points.COMMIT_RENAMED)
+        self.reached(fault_points.COMMIT_RENAMED)
         self._rotate(kept)
 
     def _given_up(self, temporary: Path, step: int, error: Exception) -> CheckpointError:
@@ -241,11 +221,11 @@ class Checkpointer:
         )
 
     def _rotate(self, kept: Container[int | None]) -> None:
-        for step, path in list_checkpoints(self.directory)[: -self._config.keep_last]:
+        for step, path in manifest.list_checkpoints(self.directory)[: -self.config.keep_last]:
             if step not in kept:
                 try:
-                    doomed = retire(path)
-                    self._reached(fault_points.ROTATION_RENAMED)
+                    doomed = sealed.retire(path)
+                    self.reached(fault_points.ROTATION_RENAMED)
                     shutil.rmtree(doomed)
                 except OSError as error:
                     # The new checkpoint counts already; the next launch sweeps what is left.
@@ -263,43 +243,42 @@ class Checkpointer:
             CheckpointMismatch: the newest belongs to another configuration, or its random states cannot be restored.
             CheckpointError: it cannot be loaded.
         """
-        name = self._coordinator.main_phase("choice of the checkpoint", lambda _: self._choose())
+        name = self.coordinator.main_phase("choice of the checkpoint", lambda _: self._choose())
         if name is None:
             return None
         path = self.directory / name
-        manifest = read_manifest(path)
+        saved_by_rank = {entry["rank"]: entry["sha256"] for entry in manifest.read_manifest(path)["rng"]}
         try:
             state = TrainingState.load(path)
-            self._accelerator.load_state(str(path))
+            self.accelerator.load_state(str(path))
         except pickle.UnpicklingError as error:
             raise CheckpointError(f"{path} holds a pickle with more than plain values: not loaded, not run") from error
         except (ValueError, RuntimeError, SafetensorError) as error:
             if is_lost_peer(error):
                 raise
             raise CheckpointError(f"{path} cannot be loaded: {error}") from error
-        self._restore_rng(path, manifest, state)
+        self._restore_rng(path, saved_by_rank, state)
         self._newest = state.step
         return state
 
     def _choose(self) -> str | None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        for _, leftover in leftovers(self.directory):
+        for _, leftover in sealed.leftovers(self.directory):
             shutil.rmtree(leftover)
-        path = newest_sound(self.directory, full=self._config.verify == "full", clean_up=True, restart=self._restart)
+        full = self.config.verify == "full"
+        path = manifest.newest_sound(self.directory, full=full, clean_up=True, restart=self.restart)
         if path is None:
             return None
-        require_configuration(path, self._config_hash, "start a new run, or start over")
+        manifest.require_configuration(path, self.config_hash, "start a new run, or start over")
         return path.name
 
-    def _restore_rng(self, path: Path, manifest: Mapping[str, Any], state: TrainingState) -> None:
-        rank = self._coordinator.rank
-        saved = {entry["rank"]: entry["sha256"] for entry in manifest["rng"]}
-        device = self._accelerator.device
+    def _restore_rng(self, path: Path, saved: Mapping[int, str], state: TrainingState) -> None:
+        rank, device = self.coordinator.rank, self.accelerator.device
         moved = state.machine.get("device_type", device.type) != device.type
         if rank not in saved or moved:
-            set_seed(derive_rank_seed(self._seed, state.step, rank))
+            set_seed(derive_rank_seed(self.seed, state.step, rank))
         restored = rank not in saved or moved or rng_digest(device) == saved[rank]
-        failed = [r for r, ok in enumerate(self._coordinator.gather("restored random states", restored)) if not ok]
+        failed = [r for r, ok in enumerate(self.coordinator.gather("restored random states", restored)) if not ok]
         if failed:
             raise CheckpointMismatch(
                 f"{path}: the random state of rank {failed} was not restored (its live digest differs from the "

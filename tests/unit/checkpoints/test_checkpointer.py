@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from accel_train.checkpoints import checkpointer as module
+from accel_train.checkpoints import manifest
 from accel_train.checkpoints.manifest import list_checkpoints, newest_sound, survey, verify, write_manifest
 from accel_train.checkpoints.random_states import rng_digest
 from accel_train.config.sections import CheckpointConfig, TrainingConfig
@@ -165,7 +165,7 @@ def test_a_failed_save_leaves_the_earlier_checkpoint_intact(train, directory, mo
             raise OSError(28, "No space left on device")
         write_manifest(path, header)
 
-    monkeypatch.setattr(module, "write_manifest", full)
+    monkeypatch.setattr(manifest, "write_manifest", full)
     with pytest.raises(CheckpointError, match=r"step 4 could not be written .* MB free.*No space left"):
         train(checkpoint=CheckpointConfig(every_steps=2))
     monkeypatch.undo()
@@ -250,7 +250,7 @@ def test_a_commit_that_fails_ends_the_run_at_the_next_step_boundary(train, direc
             assert failed.wait(30)
         time.sleep(0.01)
 
-    monkeypatch.setattr(module, "write_manifest", full)
+    monkeypatch.setattr(manifest, "write_manifest", full)
     noted = Noted(directory, act)
     forty_steps = TrainingConfig(max_epochs=1, batch_size=1)
     with pytest.raises(CheckpointError, match="step 20 could not be written"):
@@ -280,7 +280,7 @@ def test_rotation_that_fails_costs_nothing_but_space(train, directory, monkeypat
     def stuck(path, **_options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(module.shutil, "rmtree", stuck)
+    monkeypatch.setattr(shutil, "rmtree", stuck)
     assert train(checkpoint=CheckpointConfig(keep_last=1)).state.step == 15
     assert "step_0000005 could not be removed" in caplog.text
     assert [step for step, _ in list_checkpoints(directory)] == [15]

@@ -42,7 +42,7 @@ def test_a_commit_that_fails_on_the_main_process_ends_both_at_the_next_step(tmp_
     body = f"""
 import threading, time
 from accel_train.config.sections import CheckpointConfig
-from accel_train.checkpoints import checkpointer as checkpoint
+from accel_train.checkpoints import manifest
 from accel_train.training.callbacks import Callback
 from accel_train.errors import PeerFailed
 from accel_train.errors import CheckpointError
@@ -50,7 +50,7 @@ failed = threading.Event()
 def full(path, header):
     failed.set()
     raise OSError(28, "No space left on device")
-checkpoint.write_manifest = full
+manifest.write_manifest = full
 class Slowly(Callback):
     def on_step_end(self, state):
         failed.wait(30) if rank == 0 and state.step == 11 else time.sleep(0.01)
