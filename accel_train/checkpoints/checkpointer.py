@@ -35,8 +35,8 @@ from accel_train.checkpoints.random_states import derive_rank_seed, rng_digest
 from accel_train.checkpoints.state import TrainingState
 from accel_train.config.sections import CheckpointConfig
 from accel_train.errors import CheckpointError, CheckpointMismatch
-from accel_train.files.atomic import fsync_file
 from accel_train.files import sealed
+from accel_train.files.atomic import fsync_file
 from accel_train.process import fault_points
 from accel_train.process.work import pass_by
 from accel_train.ranks.coordinator import Coordinator

@@ -24,6 +24,7 @@ from accel_train.errors import Interrupted
 from accel_train.model.cuda_graph import capture
 from accel_train.model.kv_cache import KVCache, StaticCache
 from accel_train.model.transformer import TransformerLM
+from accel_train.process.work import StopCheck, never
 
 log = logging.getLogger(__name__)
 
@@ -73,21 +74,18 @@ def generate(
         ValueError: an argument is out of range, or ``temperature`` is positive without a generator.
         Interrupted: ``should_stop()`` returned True.
     """
-    _check_arguments(prompts, length, temperature, top_k, top_p, generator, batch_size)
-    num, prompt_length = prompts.shape
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size = {batch_size} must be at least 1")
+    sampling = _Sampling(temperature, top_k, top_p, generator)
     device = next((parameter.device for parameter in model.parameters()), prompts.device)
-    tokens = torch.empty(num, length, dtype=torch.int64, device=device)
-    tokens[:, :prompt_length] = prompts
-    uniform = None
-    if generator is not None and temperature > 0:
-        shape = (num, length - prompt_length)
-        uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device).to(device)
+    tokens, prompt_length = _rows(prompts, length, device), prompts.shape[1]
+    uniform = sampling.draws(len(prompts), length - prompt_length, device)
     size = batch_size or default_batch(model, length, device)
     with _evaluation_mode(model):
-        for first in range(0, num, size):
+        for first in range(0, len(prompts), size):
             rows = tokens[first : first + size]
             draws = None if uniform is None else uniform[first : first + size]
-            for _ in _continue(model, rows, prompt_length, _Sampling(temperature, top_k, top_p), draws, should_stop):
+            for _ in _continue(model, rows, prompt_length, sampling, draws, should_stop or never):
                 pass
     return tokens
 
@@ -104,10 +102,9 @@ def default_batch(model: nn.Module, length: int, device: torch.device) -> int:
     config, weight = model.config, model.token_embedding.weight
     cached = 2 * config.n_layers * config.d_model * min(length, config.max_seq_len)
     needed = (cached + model.vocab_size) * weight.element_size()
-    on_gpu = device.type == "cuda"
-    allowed = (
-        torch.cuda.get_device_properties(device).total_memory // _GPU_MEMORY_DIVISOR if on_gpu else _CPU_CACHE_BYTES
-    )
+    allowed = _CPU_CACHE_BYTES
+    if device.type == "cuda":
+        allowed = torch.cuda.get_device_properties(device).total_memory // _GPU_MEMORY_DIVISOR
     return max(1, min(largest, allowed // needed))
 
 
@@ -135,49 +132,70 @@ def stream(
     Raises:
         ValueError: as in :func:`generate`.
     """
-    length = len(prompt) + num_tokens
-    prompts = torch.tensor([list(prompt)], dtype=torch.int64, device=next(model.parameters()).device)
-    _check_arguments(prompts, length, temperature, top_k, top_p, generator, None)
-    rows = torch.empty(1, length, dtype=torch.int64, device=prompts.device)
-    rows[:, : len(prompt)] = prompts
-    draws = None
-    if generator is not None and temperature > 0:
-        draws = torch.rand((1, num_tokens), generator=generator, dtype=torch.float64, device=generator.device)
-        draws = draws.to(prompts.device)
+    sampling = _Sampling(temperature, top_k, top_p, generator)
+    device = next(model.parameters()).device
+    rows = _rows(torch.tensor([list(prompt)], dtype=torch.int64), len(prompt) + num_tokens, device)
+    draws = sampling.draws(1, num_tokens, device)
     with _evaluation_mode(model):
-        for position in _continue(model, rows, len(prompt), _Sampling(temperature, top_k, top_p), draws, None):
+        for position in _continue(model, rows, len(prompt), sampling, draws, never):
             yield int(rows[0, position])
 
 
+def _rows(prompts: Tensor, length: int, device: torch.device) -> Tensor:
+    """Return int64 ``(num, length)`` on ``device``, of which only the prompts are written."""
+    if prompts.dim() != 2 or prompts.shape[1] < 1:
+        raise ValueError(f"prompts must be (num, prompt_length) with at least one token, not {tuple(prompts.shape)}")
+    if length < prompts.shape[1]:
+        raise ValueError(f"length = {length} is shorter than the prompts of {prompts.shape[1]} tokens")
+    rows = torch.empty(len(prompts), length, dtype=torch.int64, device=device)
+    rows[:, : prompts.shape[1]] = prompts
+    return rows
+
+
 def _continue(
-    model: nn.Module,
-    rows: Tensor,
-    prompt_length: int,
-    sampling: _Sampling,
-    draws: Tensor | None,
-    should_stop: Callable[[], bool] | None,
+    model: nn.Module, rows: Tensor, start: int, sampling: _Sampling, draws: Tensor | None, should_stop: StopCheck
 ) -> Iterator[int]:
-    """Fill ``rows`` from ``prompt_length`` on and yield every position as soon as it is filled."""
-    logits_at = _CachedLogits(model, rows) if isinstance(model, TransformerLM) else _UncachedLogits(model, rows)
-    for position in range(prompt_length, rows.shape[1]):
-        if should_stop is not None and should_stop():
+    """Fill ``rows`` from ``start`` on and yield every position as soon as it is filled."""
+    logits_at = _CachedLogits(model, rows, start) if isinstance(model, TransformerLM) else _UncachedLogits(model, rows)
+    for position in range(start, rows.shape[1]):
+        if should_stop():
             raise Interrupted
         with torch.no_grad():  # not around the loop: the caller runs between tokens, and keeps its gradients
             logits = logits_at(position)
             if draws is None:
                 rows[:, position] = logits.argmax(dim=-1)
             else:
-                rows[:, position] = _sample(sampling.restricted(logits), draws[:, position - prompt_length])
+                rows[:, position] = _sample(sampling.restricted(logits), draws[:, position - start])
         yield position
 
 
 @dataclass(frozen=True)
 class _Sampling:
-    """How the distribution of the next token is changed before sampling."""
+    """How the next token is drawn, and how its distribution is changed before."""
 
     temperature: float
     top_k: int | None
     top_p: float | None
+    generator: torch.Generator | None
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature = {self.temperature} must not be negative")
+        if self.temperature > 0 and self.generator is None:
+            raise ValueError(
+                f"sampling at temperature {self.temperature} needs a generator: the global one is training's"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k = {self.top_k} must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p = {self.top_p} must lie in (0, 1]")
+
+    def draws(self, num: int, length: int, device: torch.device) -> Tensor | None:
+        """Return a random number for every token, float64 ``(num, length)`` in [0, 1); None at temperature 0."""
+        if self.generator is None or self.temperature == 0:
+            return None
+        source = self.generator
+        return torch.rand((num, length), generator=source, dtype=torch.float64, device=source.device).to(device)
 
     def restricted(self, logits: Tensor) -> Tensor:
         """Divide ``(batch, vocab)`` logits by the temperature and set those of excluded tokens to minus infinity."""
@@ -192,31 +210,6 @@ class _Sampling:
             excluded = probability.cumsum(dim=-1) - probability >= self.top_p
             logits = logits.masked_fill(excluded.scatter(1, order, excluded), -torch.inf)
         return logits
-
-
-def _check_arguments(
-    prompts: Tensor,
-    length: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
-    batch_size: int | None,
-) -> None:
-    if prompts.dim() != 2 or prompts.shape[1] < 1:
-        raise ValueError(f"prompts must be (num, prompt_length) with at least one token, not {tuple(prompts.shape)}")
-    if length < prompts.shape[1]:
-        raise ValueError(f"length = {length} is shorter than the prompts of {prompts.shape[1]} tokens")
-    if not temperature >= 0:
-        raise ValueError(f"temperature = {temperature} must not be negative")
-    if temperature > 0 and generator is None:
-        raise ValueError(f"sampling at temperature {temperature} needs a generator: the global one is training's")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k = {top_k} must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p = {top_p} must lie in (0, 1]")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size = {batch_size} must be at least 1")
 
 
 @contextmanager
@@ -247,32 +240,25 @@ def _window_start(start: int, position: int, context: int) -> int:
 class _CachedLogits:
     """Logits of the next token of every row, by way of a key-value cache."""
 
-    def __init__(self, model: TransformerLM, rows: Tensor) -> None:
+    def __init__(self, model: TransformerLM, rows: Tensor, first: int) -> None:
         self.model, self.rows = model, rows
         self.context = model.config.max_seq_len
         self.start = 0
-        self.cache: KVCache | None = None
+        batch, length = rows.shape
+        kind = StaticCache if _should_record(rows.device, length - first) else KVCache
+        self.cache = model.new_cache(batch, min(length, self.context), kind)
         self._extend_by_graph: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, position: int) -> Tensor:
         start = _window_start(self.start, position, self.context)
-        if self.cache is None:
-            self.cache = self._new_cache(position)
-        elif start != self.start:
-            self.cache.length = 0  # the window is read again
-        self.start = start
+        if start != self.start:
+            self.start, self.cache.length = start, 0  # the window is read again
         tokens = self.rows[:, start + self.cache.length : position]
         if tokens.shape[1] > 1 or not isinstance(self.cache, StaticCache):
             return self.model.extend(tokens, self.cache)
         if self._extend_by_graph is None:
             self._extend_by_graph = _record_extension(self.model, self.cache)
         return self._extend_by_graph(tokens)
-
-    def _new_cache(self, position: int) -> KVCache:
-        batch, length = self.rows.shape
-        kind = StaticCache if _should_record(self.rows.device, length - position) else KVCache
-        weight = self.model.token_embedding.weight.detach()
-        return kind(self.model.config, batch, min(length, self.context), like=weight)
 
 
 def _should_record(device: torch.device, num_tokens: int) -> bool:

@@ -204,9 +204,9 @@ class TransformerLM(nn.Module):
         logits = self._logits(self._residual_stream(tokens, recorder))
         return logits if recorder is None else recorder.extraction(logits)
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
+    def new_cache(self, batch: int, capacity: int, kind: type[KVCache] = KVCache) -> KVCache:
         """Return an empty cache for :meth:`extend`, of ``capacity`` tokens per sequence."""
-        return KVCache(self.config, batch, capacity, like=self.token_embedding.weight.detach())
+        return kind(self.config, batch, capacity, like=self.token_embedding.weight.detach())
 
     def extend(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Add tokens to the cached sequences and predict the next one.

@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from accel_train.checkpoints import manifest
 from accel_train.checkpoints.manifest import list_checkpoints, newest_sound, survey, verify, write_manifest
 from accel_train.checkpoints.random_states import rng_digest
 from accel_train.config.sections import CheckpointConfig, TrainingConfig
@@ -165,7 +164,7 @@ def test_a_failed_save_leaves_the_earlier_checkpoint_intact(train, directory, mo
             raise OSError(28, "No space left on device")
         write_manifest(path, header)
 
-    monkeypatch.setattr(manifest, "write_manifest", full)
+    monkeypatch.setattr("accel_train.checkpoints.manifest.write_manifest", full)
     with pytest.raises(CheckpointError, match=r"step 4 could not be written .* MB free.*No space left"):
         train(checkpoint=CheckpointConfig(every_steps=2))
     monkeypatch.undo()
@@ -250,7 +249,7 @@ def test_a_commit_that_fails_ends_the_run_at_the_next_step_boundary(train, direc
             assert failed.wait(30)
         time.sleep(0.01)
 
-    monkeypatch.setattr(manifest, "write_manifest", full)
+    monkeypatch.setattr("accel_train.checkpoints.manifest.write_manifest", full)
     noted = Noted(directory, act)
     forty_steps = TrainingConfig(max_epochs=1, batch_size=1)
     with pytest.raises(CheckpointError, match="step 20 could not be written"):

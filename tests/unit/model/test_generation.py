@@ -326,12 +326,12 @@ class TestRestrictedSampling:
         ],
     )
     def test_only_the_likely_tokens_are_left(self, top_k, top_p, left):
-        restricted = _Sampling(1.0, top_k, top_p).restricted(self.LOGITS)
+        restricted = _Sampling(1.0, top_k, top_p, seeded()).restricted(self.LOGITS)
         assert [row.isfinite().nonzero().flatten().tolist() for row in restricted] == left
 
     def test_the_temperature_comes_first(self):
         # At temperature 2 the distribution is flatter: more tokens are needed for the same probability.
-        left = [_Sampling(t, None, 0.62).restricted(self.LOGITS)[0].isfinite().sum() for t in (1.0, 2.0)]
+        left = [_Sampling(t, None, 0.62, seeded()).restricted(self.LOGITS)[0].isfinite().sum() for t in (1.0, 2.0)]
         assert left == [2, 3]
 
     def test_top_1_is_greedy(self):
