@@ -45,6 +45,7 @@ from bench_text import bench_text
 
 from accel_train.config.sections import ModelConfig
 from accel_train.model.generation import generate
+from accel_train.model.size import count_parameters
 from accel_train.model.transformer import TransformerLM
 from accel_train.tasks.walks.compliance import Compliance, score
 from accel_train.tasks.walks.config import GraphConfig, RulesConfig
@@ -101,7 +102,7 @@ def bench_generate() -> Figures:
         "sequences": num,
         "length": length,
         "prompt_length": prompt_length,
-        "parameters": model.num_parameters,
+        "parameters": count_parameters(model),
         "seconds": seconds["ours"],
         "tokens_per_second": num * (length - prompt_length) / seconds["ours"],
     }

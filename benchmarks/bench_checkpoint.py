@@ -20,6 +20,7 @@ import torch
 from accel_train.checkpoints.manifest import step_directory
 from accel_train.checkpoints.state import TrainingState
 from accel_train.config.sections import CheckpointConfig, ModelConfig, TrainingConfig
+from accel_train.model.size import count_parameters
 from accel_train.model.transformer import TransformerLM
 from accel_train.ranks.accelerator import arithmetic, machine
 from accel_train.training.losses import next_token_cross_entropy
@@ -120,7 +121,7 @@ def _checkpoint_figures(shape: ModelConfig, vocab_size: int, *, rounds: int, len
                     found.setdefault(name, []).append(seconds)
         size = sum(file.stat().st_size for file in (checkpointer.directory / step_directory(state.step)).iterdir())
     return {
-        "parameters": model.num_parameters,
+        "parameters": count_parameters(model),
         "checkpoint_mb": size / 1e6,
         **{f"{name}_seconds": statistics.median(values) for name, values in found.items()},
     }

@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from accel_train.config.sections import ModelConfig, TrainingConfig
 from accel_train.data.permutation import GlobalBatchSampler
+from accel_train.model.size import count_parameters
 from accel_train.model.transformer import TransformerLM
 from accel_train.tasks.text.inference_cost import peak_rss_bytes
 from accel_train.tasks.walks.dataset import WalkDataset
@@ -202,7 +203,7 @@ def _overhead(shape: ModelConfig, vocab_size: int, *, block: int, rounds: int) -
     flops = flops_per_token(shape, vocab_size) * shape.max_seq_len * config.batch_size
     rate = _MULTIPLIED_FLOPS / statistics.median(turns.beside)
     return {
-        "parameters": model.num_parameters,
+        "parameters": count_parameters(model),
         "gigaflops_of_a_step": flops / 1e9,
         "gigaflops_per_second": flops * block / ours / 1e9,
         "matrix_product_gigaflops_per_second": rate / 1e9,

@@ -87,10 +87,8 @@ class Checkpointer:
 
     def __post_init__(self) -> None:
         self._newest: int | None = None
-        self._state: TrainingState | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-commit")
         self._commit: Future[None] | None = None
-        self.accelerator.register_save_state_pre_hook(self._write_own_files)
 
     # -- saving ----------------------------------------------------------------------------
 
@@ -176,8 +174,13 @@ class Checkpointer:
         return sealed.temporary_path(target).name
 
     def _write(self, temporary: Path, state: TrainingState) -> None:
-        self._state = state
         try:
+            if self.coordinator.is_main:
+                temporary.mkdir(parents=True, exist_ok=True)
+                state.save(temporary)
+                for name, content in self.extra_files.items():
+                    (temporary / name).write_bytes(content)
+                self.reached(fault_points.SAVE_HALF_WRITTEN)
             with _no_crc32():
                 self.accelerator.save_state(str(temporary), safe_serialization=True)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -185,17 +188,6 @@ class Checkpointer:
                 raise
             # A full disk raises any of these. What was written would only keep it full.
             raise self._given_up(temporary, state.step, error) from error
-        finally:
-            self._state = None
-
-    def _write_own_files(self, _models: object, _weights: object, output_dir: str) -> None:
-        if self._state is None or not self.coordinator.is_main:
-            return
-        directory = Path(output_dir)
-        self._state.save(directory)
-        for name, content in self.extra_files.items():
-            (directory / name).write_bytes(content)
-        self.reached(fault_points.SAVE_HALF_WRITTEN)
 
     def _finish(self, temporary: Path, target: Path, header: Mapping[str, Any], kept: Container[int | None]) -> None:
         """Digest, seal, rename and rotate; in the background, on the main process."""

@@ -9,7 +9,6 @@ pass: the rotary angles are computed in each one, which costs microseconds.
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ from accel_train.model.kernels.cross_entropy import linear_cross_entropy
 from accel_train.model.kernels.dropout import Dropout
 from accel_train.model.kernels.gelu import gelu
 from accel_train.model.kv_cache import KVCache, StaticCache
-from accel_train.model.size import count_parameters
 
 INIT_STD = 0.02
 ROTARY_BASE = 10_000.0
@@ -164,19 +162,6 @@ class TransformerLM(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    @property
-    def num_parameters(self) -> int:
-        """Number of parameters; tied ones count once."""
-        return count_parameters(self)
-
-    @overload
-    def forward(
-        self, tokens: Tensor, mode: Literal[ExtractionMode.NONE] = ..., *, targets: Tensor | None = ...
-    ) -> Tensor: ...
-
-    @overload
-    def forward(self, tokens: Tensor, mode: ExtractionMode, *, targets: Tensor | None = ...) -> Tensor | Extraction: ...
-
     def forward(
         self, tokens: Tensor, mode: ExtractionMode = ExtractionMode.NONE, *, targets: Tensor | None = None
     ) -> Tensor | Extraction:
@@ -198,10 +183,10 @@ class TransformerLM(nn.Module):
             ValueError: more tokens than the context holds.
         """
         if targets is not None:
-            x = self.final_norm(self._residual_stream(tokens))
+            x = self.final_norm(self._residual(tokens))
             return linear_cross_entropy(x.flatten(0, 1), self._output_weight, targets.flatten())
         recorder = None if mode is ExtractionMode.NONE else Recorder(mode)
-        logits = self._logits(self._residual_stream(tokens, recorder))
+        logits = self._logits(self._residual(tokens, recorder))
         return logits if recorder is None else recorder.extraction(logits)
 
     def new_cache(self, batch: int, capacity: int, kind: type[KVCache] = KVCache) -> KVCache:
@@ -223,7 +208,7 @@ class TransformerLM(nn.Module):
         """
         if cache.length and tokens.shape[1] != 1:
             raise ValueError(f"a cache in use takes one token at a time, not {tokens.shape[1]}")
-        x = self._residual_stream(tokens, cache=cache)
+        x = self._residual(tokens, cache=cache)
         cache.length += tokens.shape[1]
         return self._logits(x[:, -1])
 
@@ -240,11 +225,10 @@ class TransformerLM(nn.Module):
             Logits ``(batch, vocab)`` of the token after it.
         """
         with cache.adding():
-            return self._logits(self._residual_stream(tokens, cache=cache)[:, -1])
+            return self._logits(self._residual(tokens, cache=cache)[:, -1])
 
-    def _residual_stream(
-        self, tokens: Tensor, recorder: Recorder | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def _residual(self, tokens: Tensor, recorder: Recorder | None = None, cache: KVCache | None = None) -> Tensor:
+        """Return the residual stream after the last block, ``(batch, time, d_model)``."""
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
         context = self.config.max_seq_len

@@ -36,8 +36,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         A float32 scalar; NaN when every target is ignored.
     """
     wants_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, wants_gradient)  # type: ignore[no-untyped-call]
-    return loss
+    return _LinearCrossEntropy.apply(x, weight, targets, wants_gradient)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _negative_logarithm(probability: Tensor, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -35,14 +35,7 @@ def gelu(x: Tensor) -> Tensor:
         or torch.compiler.is_compiling()
     ):
         return functional.gelu(x, approximate="tanh")
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return x * _gate(x)
     return _BySigmoid.apply(x)  # type: ignore[no-any-return,no-untyped-call]
-
-
-def _gate(x: Tensor) -> Tensor:
-    """Return the factor of ``x``: ``sigmoid(2 u)``."""
-    return _inner_slope(x, _CUBIC).mul_(x).sigmoid_()
 
 
 def _inner_slope(x: Tensor, cubic: float) -> Tensor:
@@ -52,7 +45,7 @@ def _inner_slope(x: Tensor, cubic: float) -> Tensor:
 class _BySigmoid(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        gate = _gate(x)
+        gate = _inner_slope(x, _CUBIC).mul_(x).sigmoid_()
         ctx.save_for_backward(x, gate)
         return x * gate
 
