@@ -72,7 +72,6 @@ def build_loader(
         collate_fn=_identity,
         worker_init_fn=seed_worker,
         generator=torch.Generator().manual_seed(seed),
-        persistent_workers=False,
         pin_memory=torch.cuda.is_available(),
     )
 

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 try:
@@ -98,29 +97,21 @@ class Meter:
     Args:
         what: the work, in two or three words.
         total: the whole amount; None when unknown.
-        say: receives a line every five seconds when there is no bar.
-        bar: draw a bar; default: when stderr is a terminal.
+        say: receives a line every five seconds when stderr is no terminal, on which a bar is drawn.
         unit: unit of the amounts, such as ``B`` for bytes.
     """
 
-    def __init__(
-        self, what: str, total: int | None, say: Callable[[str], None], *, bar: bool | None = None, unit: str = "B"
-    ) -> None:
+    def __init__(self, what: str, total: int | None, say: Callable[[str], None], *, unit: str = "B") -> None:
         self._what, self._total, self._say, self._unit = what, total, say, unit
-        self._wants_bar = sys.stderr.isatty() if bar is None else bar
         self._bar: tqdm[Any] | None = None
         self._done, self._next_line = 0, time.monotonic() + LINE_SECONDS
 
     def __enter__(self) -> Meter:
-        if self._wants_bar:
-            self._bar = tqdm(
-                desc=self._what, total=self._total, unit=self._unit, unit_scale=True, leave=False, file=sys.stderr
-            )
+        if sys.stderr.isatty():
+            self._bar = tqdm(desc=self._what, total=self._total, unit=self._unit, unit_scale=True, leave=False)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
 

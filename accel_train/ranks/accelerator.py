@@ -13,14 +13,8 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DataLoaderConfiguration, utils
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -50,14 +44,13 @@ def build_accelerator(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     accelerator = Accelerator(
         dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=False, non_blocking=True),
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
+        gradient_accumulation_plugin=utils.GradientAccumulationPlugin(
             num_steps=config.gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
         ),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_seconds))],
+        kwargs_handlers=[utils.InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_seconds))],
         log_with=list(log_with) or None,
-        project_config=ProjectConfiguration(logging_dir=log_dir),
+        project_config=utils.ProjectConfiguration(logging_dir=log_dir),
         rng_types=[],
-        step_scheduler_with_optimizer=True,
     )
     if accelerator.num_processes != world_size:
         raise ConfigError(
@@ -81,11 +74,8 @@ def check_accelerator(accelerator: Accelerator, config: TrainingConfig) -> None:
         raise ConfigError("accelerator", "split_batches=False", "must split batches; use build_accelerator")
     steps = accelerator.gradient_accumulation_steps
     if steps != config.gradient_accumulation_steps:
-        raise ConfigError(
-            "training.gradient_accumulation_steps",
-            config.gradient_accumulation_steps,
-            f"does not agree with the Accelerator's {steps}; use build_accelerator",
-        )
+        rule = f"does not agree with the Accelerator's {steps}; use build_accelerator"
+        raise ConfigError("training.gradient_accumulation_steps", config.gradient_accumulation_steps, rule)
 
 
 def _make_deterministic() -> None:

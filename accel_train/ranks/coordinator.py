@@ -153,7 +153,7 @@ class Coordinator:
         if self._is_leaving or 0 in error.ranks:
             return error
         self._is_leaving = True
-        self._store.give_up_after(_ROLL_CALL_SECONDS)
+        self._store.timeout_seconds = _ROLL_CALL_SECONDS
         try:
             if not self._store.has("failure"):
                 self._store.set("failure", json.dumps(self._described(error)))

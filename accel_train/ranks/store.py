@@ -45,7 +45,8 @@ class RankStore:
     """
 
     def __init__(self, rank: int, timeout_seconds: float) -> None:
-        self._timeout = timeout_seconds
+        self.timeout_seconds = timeout_seconds
+        """Longest wait for an answer."""
         self.phase = "start"
         """What the ranks are doing, for the message of the error."""
         exchange = dist.distributed_c10d._get_default_store()
@@ -58,10 +59,6 @@ class RankStore:
         )
         if self._serves:
             exchange.set(address_key, str(self._store.port))
-
-    def give_up_after(self, seconds: float) -> None:
-        """Change the longest wait for an answer."""
-        self._timeout = seconds
 
     def set(self, key: str, value: str) -> None:
         """Store ``value`` under ``key``, where all ranks see it."""
@@ -76,12 +73,12 @@ class RankStore:
         return self._ask(lambda: bool(self._store.check([key])))
 
     def _ask(self, access: Callable[[], T]) -> T:
-        deadline = time.monotonic() + self._timeout
+        deadline = time.monotonic() + self.timeout_seconds
         try:
             return access() if self._serves else abandonable(lambda _: access(), lambda: time.monotonic() > deadline)
         except Interrupted as error:
             raise LostPeer(
-                f"rank 0 has not answered for {self._timeout:g} s (waiting for '{self.phase}'): "
+                f"rank 0 has not answered for {self.timeout_seconds:g} s (waiting for '{self.phase}'): "
                 "it or the link to its machine is down",
                 ranks=[0],
             ) from error

@@ -133,7 +133,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_meter_without_a_terminal_prints_every_five_seconds(clock: list[float]) -> None:
     said: list[str] = []
-    with Meter("text read", 200_000_000, said.append, bar=False) as meter:
+    with Meter("text read", 200_000_000, said.append) as meter:
         for _ in range(20):
             clock[0] += 1
             meter(10_000_000)
@@ -142,7 +142,7 @@ def test_meter_without_a_terminal_prints_every_five_seconds(clock: list[float]) 
 
 def test_meter_goes_back_and_learns_its_total_late(clock: list[float]) -> None:
     said: list[str] = []
-    with Meter("download", None, said.append, bar=False) as meter:
+    with Meter("download", None, said.append) as meter:
         meter.reach(5_000_000)
         meter.reach(0)
         clock[0] += 5
@@ -152,8 +152,9 @@ def test_meter_goes_back_and_learns_its_total_late(clock: list[float]) -> None:
     assert said == ["download: 3.00MB", "download: 50 % of 12.0MB"]
 
 
-def test_meter_draws_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with Meter("text read", 100, lambda _: pytest.fail("no lines beside a bar"), bar=True) as meter:
+def test_meter_draws_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Meter("text read", 100, lambda _: pytest.fail("no lines beside a bar")) as meter:
         meter(40)
         meter.reach(50, 200)
         assert meter._bar is not None

@@ -103,7 +103,7 @@ def test_a_store_whose_server_is_frozen_is_given_up():
 if rank == 0:
     report(ready=True)
     time.sleep(60)
-store.give_up_after(0.5)
+store.timeout_seconds = 0.5
 report(ready=True)
 try:
     while True:
