@@ -18,22 +18,17 @@ from filelock import FileLock, Timeout
 
 from accel_train.files import sealed
 from accel_train.process.fault_points import CORPUS_BEGUN, CORPUS_BUILT
-from accel_train.process.work import SILENT, WorkContext, wait_for
+from accel_train.process.work import SILENT, WorkContext
 
 INDEX_FILE = "index.json"
 _FORMAT_VERSION = 1
+_LOCK_SECONDS = 3600.0
 
 log = logging.getLogger(__name__)
 
 
 def cached(
-    root: Path,
-    key: str,
-    build: Callable[[Path], None],
-    work: WorkContext = SILENT,
-    phase: str = "corpus",
-    *,
-    lock_timeout: float = 3600.0,
+    root: Path, key: str, build: Callable[[Path], None], work: WorkContext = SILENT, phase: str = "corpus"
 ) -> Path:
     """Return the directory ``root / key``, and build it first if it is missing or damaged.
 
@@ -43,10 +38,9 @@ def cached(
         build: writes the files into the empty directory that it is given.
         work: hears of waiting, asks for a stop while waiting, and hears of the fault points.
         phase: under which waiting is reported.
-        lock_timeout: seconds to wait while another process builds or verifies the same directory.
 
     Raises:
-        TimeoutError: another process held the lock all the time.
+        TimeoutError: another process held the lock for an hour.
         Interrupted: ``work`` was told to stop while waiting.
         ValueError: ``key`` cannot be a directory name.
         OSError: the directory could not be written (disk full, not writable); names it and the free space.
@@ -56,14 +50,9 @@ def cached(
         raise ValueError(f"key: {key!r} cannot name a directory")
     root.mkdir(parents=True, exist_ok=True)
     lock = _lock(root, key)
-    if not wait_for(
-        lambda: _is_acquired(lock),
-        lock_timeout,
-        lambda: f"waiting for another process that builds or verifies {root / key}",
-        on_wait=work.saying(phase),
-        should_stop=work.should_stop,
-    ):
-        raise TimeoutError(f"{root / key} was locked by another process for {lock_timeout:.0f} s")
+    whom = f"waiting for another process that builds or verifies {root / key}"
+    if not work.wait_for(phase, lambda: _is_acquired(lock), _LOCK_SECONDS, lambda: whom):
+        raise TimeoutError(f"{root / key} was locked by another process for {_LOCK_SECONDS:.0f} s")
     try:
         _sweep(root, key)
         return _open_or_build(root / key, build, work)

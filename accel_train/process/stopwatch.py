@@ -31,10 +31,6 @@ class Stopwatch:
         """Seconds of ``phase``, with those of a block that goes on; ask for it in no other phase inside that block."""
         return self.seconds.get(phase, 0.0) + sum(self._of(block) for block in self._running if block[0] == phase)
 
-    def idle_of(self, phase: str) -> float:
-        """Seconds counted under any other phase than ``phase``."""
-        return sum(seconds for name, seconds in self.seconds.items() if name != phase)
-
 
 class Rate:
     """How fast a count grows in one phase; time in other phases is left out.
@@ -47,13 +43,10 @@ class Rate:
 
     def __init__(self, clock: Stopwatch, phase: str, count: int) -> None:
         self._clock, self._phase = clock, phase
-        self._mark = (self._now(), count)
+        self._mark = (clock.so_far(phase), count)
 
     def since_last(self, count: int) -> float:
         """Return the growth per second since the last call."""
         before, known = self._mark
-        self._mark = (self._now(), count)
+        self._mark = (self._clock.so_far(self._phase), count)
         return (count - known) / max(self._mark[0] - before, 1e-9)
-
-    def _now(self) -> float:
-        return time.perf_counter() - self._clock.idle_of(self._phase)

@@ -6,6 +6,7 @@ poll it, and raise :class:`~accel_train.errors.Interrupted` when they are told t
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -58,6 +59,34 @@ class WorkContext:
         """``say`` for one phase."""
         return lambda what: self.say(phase, what)
 
+    def wait_for(self, phase: str, attempt: Callable[[], bool], timeout: float, describe: Callable[[], str]) -> bool:
+        """Repeat ``attempt`` until it succeeds (True) or ``timeout`` seconds are over (False).
+
+        What is waited for is said at once and then every few seconds.
+
+        Args:
+            phase: under which that is said.
+            attempt: tried once at least.
+            timeout: seconds.
+            describe: what is waited for, as a line for people.
+
+        Raises:
+            Interrupted: the work is to stop.
+        """
+        start = time.monotonic()
+        reported = -math.inf
+        while not attempt():
+            now = time.monotonic()
+            if self.should_stop():
+                raise Interrupted(f"stopped while {describe()}")
+            if now - start >= timeout:
+                return False
+            if now - reported >= _REPORT_SECONDS:
+                reported = now
+                self.say(phase, f"{describe()}, at most {max(0.0, timeout - (now - start)):.0f} s more")
+            time.sleep(_POLL_SECONDS)
+        return True
+
 
 SILENT = WorkContext()
 
@@ -90,38 +119,3 @@ def abandonable(work: Callable[[StopCheck], _T], should_stop: StopCheck) -> _T:
             abandoned.set()
             raise Interrupted
     return future.result()
-
-
-def wait_for(
-    attempt: Callable[[], bool],
-    timeout: float,
-    describe: Callable[[], str],
-    *,
-    on_wait: Callable[[str], None] | None = None,
-    should_stop: StopCheck = never,
-) -> bool:
-    """Repeat ``attempt`` until it succeeds (True) or ``timeout`` seconds are over (False).
-
-    Args:
-        attempt: tried once at least.
-        timeout: seconds.
-        describe: what is waited for, as a line for people.
-        on_wait: receives that line at once and then every few seconds.
-        should_stop: polled between attempts.
-
-    Raises:
-        Interrupted: ``should_stop()`` turned true.
-    """
-    start = time.monotonic()
-    reported: float | None = None
-    while not attempt():
-        now = time.monotonic()
-        if should_stop():
-            raise Interrupted(f"stopped while {describe()}")
-        if now - start >= timeout:
-            return False
-        if on_wait is not None and (reported is None or now - reported >= _REPORT_SECONDS):
-            reported = now
-            on_wait(f"{describe()}, at most {max(0.0, timeout - (now - start)):.0f} s more")
-        time.sleep(_POLL_SECONDS)
-    return True

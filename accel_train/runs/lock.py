@@ -29,7 +29,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from accel_train.errors import RunLocked
-from accel_train.process.work import SILENT, WorkContext, wait_for
+from accel_train.process.work import SILENT, WorkContext
 
 LOCK_FILE = ".lock"
 OWNER_FILE = ".lock-owner.json"
@@ -110,15 +110,12 @@ class RunLock:
             RunLocked: another process held it all the time.
             Interrupted: the work was told to stop while waiting.
         """
-        held = wait_for(
-            self._attempt,
-            self._timeout,
-            lambda: f"waiting for {_describe(read_owner(self._run_dir))}",
-            on_wait=self._work.saying("lock"),
-            should_stop=self._work.should_stop,
-        )
-        if not held:
-            raise RunLocked(self._run_dir, _describe(read_owner(self._run_dir)), self._timeout)
+
+        def holder() -> str:
+            return _describe(read_owner(self._run_dir))
+
+        if not self._work.wait_for("lock", self._attempt, self._timeout, lambda: f"waiting for {holder()}"):
+            raise RunLocked(self._run_dir, holder(), self._timeout)
         self._stop.clear()
         self._thread = threading.Thread(target=self._beat, name="run-lock-heartbeat", daemon=True)
         self._thread.start()

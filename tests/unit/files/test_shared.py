@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from accel_train.errors import Interrupted
-from accel_train.files import sealed
+from accel_train.files import sealed, shared
 from accel_train.files.shared import INDEX_FILE, cached, damage
 from accel_train.process.fault_points import CORPUS_BEGUN, CORPUS_BUILT
 from accel_train.process.work import WorkContext
@@ -195,14 +195,15 @@ def test_two_builders_at_once_build_once(tmp_path):
     assert len(got.strip()) == 32
 
 
-def test_waiting_is_reported_bounded_and_can_be_stopped(tmp_path):
+def test_waiting_is_reported_bounded_and_can_be_stopped(tmp_path, monkeypatch):
     builder = start(BUILD_AND_STALL, tmp_path, "key")
     lines = []
     work = WorkContext(say=lambda phase, what: lines.append((phase, what)))
     try:
         assert builder.stdout.readline() == "building\n"
+        monkeypatch.setattr(shared, "_LOCK_SECONDS", 0.2)
         with pytest.raises(TimeoutError, match="locked by another process"):
-            cached(tmp_path, "key", must_not_build, work, "tokens", lock_timeout=0.2)
+            cached(tmp_path, "key", must_not_build, work, "tokens")
         with pytest.raises(Interrupted):
             cached(tmp_path, "key", must_not_build, WorkContext(should_stop=lambda: True))
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from accel_train.process import stopwatch as module
-from accel_train.process.stopwatch import Stopwatch
+from accel_train.process.stopwatch import Rate, Stopwatch
 
 
 @pytest.fixture
@@ -23,7 +23,6 @@ def test_nested_phases_count_for_themselves_only(clock: list[float]) -> None:
             clock[0] = 4.0
         clock[0] = 10.0
     assert watch.seconds == {"evaluation": 3.0, "training": 7.0}
-    assert watch.idle_of("training") == 3.0
 
 
 def test_open_block_counts_without_phases_inside_it(clock: list[float]) -> None:
@@ -39,6 +38,19 @@ def test_open_block_counts_without_phases_inside_it(clock: list[float]) -> None:
         assert watch.so_far("training") == 9.0
         assert watch.so_far("checkpoint") == 0.0
     assert watch.so_far("training") == watch.seconds["training"] == 9.0
+
+
+def test_rate_counts_the_seconds_of_its_phase_only(clock: list[float]) -> None:
+    watch = Stopwatch()
+    rate = Rate(watch, "training", 100)
+    clock[0] = 50.0
+    with watch.timed("training"):
+        clock[0] = 52.0
+        with watch.timed("evaluation"):
+            clock[0] = 90.0
+        assert rate.since_last(300) == 100.0
+        clock[0] = 94.0
+        assert rate.since_last(320) == 5.0
 
 
 def test_block_that_raises_is_counted(clock: list[float]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from accel_train.errors import Interrupted
 from accel_train.process import work as module
-from accel_train.process.work import SILENT, WorkContext, abandonable, never, wait_for
+from accel_train.process.work import SILENT, WorkContext, abandonable, never
 
 
 @pytest.fixture
@@ -47,13 +47,14 @@ def test_saying_names_its_phase() -> None:
 
 
 def test_wait_for_reports_at_once_and_every_five_seconds(clock: list[float]) -> None:
-    lines: list[str] = []
-    assert wait_for(lambda: clock[0] >= 11, 60, lambda: "waiting for the tide", on_wait=lines.append)
-    assert lines == [f"waiting for the tide, at most {seconds} s more" for seconds in (60, 55, 50)]
+    lines: list[tuple[str, str]] = []
+    work = WorkContext(say=lambda phase, what: lines.append((phase, what)))
+    assert work.wait_for("lock", lambda: clock[0] >= 11, 60, lambda: "waiting for the tide")
+    assert lines == [("lock", f"waiting for the tide, at most {seconds} s more") for seconds in (60, 55, 50)]
 
 
 def test_wait_for_gives_up_after_its_timeout(clock: list[float]) -> None:
-    assert not wait_for(lambda: False, 3, lambda: "waiting")
+    assert not SILENT.wait_for("lock", lambda: False, 3, lambda: "waiting")
     assert 3 <= clock[0] < 3.2
 
 
@@ -66,16 +67,15 @@ def test_wait_for_without_a_timeout_tries_once(succeeds: bool) -> None:
         tries.append(succeeds)
         return succeeds
 
-    def on_wait(_line: str) -> None:
-        pytest.fail("there is nothing to wait for")
-
-    assert wait_for(attempt, 0, lambda: "waiting", on_wait=on_wait) == succeeds
+    work = WorkContext(say=lambda *_: pytest.fail("there is nothing to wait for"))
+    assert work.wait_for("lock", attempt, 0, lambda: "waiting") == succeeds
     assert tries == [succeeds]
 
 
 def test_wait_for_says_what_it_was_stopped_in(clock: list[float]) -> None:
+    work = WorkContext(should_stop=lambda: clock[0] > 1)
     with pytest.raises(Interrupted, match="stopped while waiting for the tide"):
-        wait_for(lambda: False, 60, lambda: "waiting for the tide", should_stop=lambda: clock[0] > 1)
+        work.wait_for("lock", lambda: False, 60, lambda: "waiting for the tide")
     assert clock[0] < 2
 
 
