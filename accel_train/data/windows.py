@@ -1,7 +1,9 @@
-"""Training samples cut from a stored stream of tokens.
+"""Training samples cut from a stored stream of tokens, on the host or from a copy of it on the GPU.
 
 A batch is one vectorised gather from the (memory-mapped) array: no Python runs per sample,
-and only what a batch needs is copied.
+and only what a batch needs is copied. A batch that is gathered on the host is copied to a GPU as 64-bit integers in
+every step. A corpus of walks or text is some hundred megabytes of tokens: with a copy of it on the GPU each step
+sends the positions of its samples only.
 """
 
 from __future__ import annotations
@@ -130,20 +132,6 @@ class TokenStream(Protocol):
         """Return the ``length`` tokens from each of ``starts`` on, int64 ``(windows, length)``."""
 
 
-class _InMemory:
-    """An array in memory as a stream."""
-
-    def __init__(self, tokens: npt.NDArray[Any]) -> None:
-        self._tokens = tokens
-
-    def __len__(self) -> int:
-        return len(self._tokens)
-
-    def windows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
-        gathered: npt.NDArray[np.int64] = self._tokens[starts[:, None] + np.arange(length)].astype(np.int64)
-        return gathered
-
-
 def count_windows(ranges: Ranges, context_length: int, stride: int | None = None) -> int:
     """Return the number of windows of a :class:`WindowDataset` with these settings."""
     return int(_window_counts(ranges, context_length, context_length if stride is None else stride).sum())
@@ -177,7 +165,7 @@ class WindowDataset(StreamDataset):
         ranges: Ranges | None = None,
         stride: int | None = None,
     ) -> None:
-        self._tokens = _InMemory(tokens) if isinstance(tokens, np.ndarray) else tokens
+        self._tokens = tokens
         self.context_length = context_length
         self.stride = context_length if stride is None else stride
         if context_length < 1 or self.stride < 1:
@@ -204,8 +192,7 @@ class WindowDataset(StreamDataset):
 
     def read(self, first: int, last: int) -> npt.NDArray[np.int64]:
         """Return tokens ``first`` to ``last`` (exclusive) of the stream, int64."""
-        tokens: npt.NDArray[np.int64] = self._tokens.windows(np.array([first], dtype=np.int64), last - first)[0]
-        return tokens
+        return self._windows(np.array([first], dtype=np.int64), last - first).reshape(-1)
 
     def starts(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the position in the stream of the first token of each of these windows, ``(batch,)``."""
@@ -215,4 +202,62 @@ class WindowDataset(StreamDataset):
         return starts
 
     def _gather(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        return self._tokens.windows(self.starts(ids), self.context_length + 1)
+        return self._windows(self.starts(ids), self.context_length + 1)
+
+    def _windows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
+        if not isinstance(self._tokens, np.ndarray):
+            return self._tokens.windows(starts, length)
+        tokens: npt.NDArray[np.int64] = self._tokens[starts[:, None] + np.arange(length)].astype(np.int64)
+        return tokens
+
+
+_TOKENS_AT_ONCE = 1 << 22
+_MAX_FRACTION_OF_FREE_MEMORY = 0.25
+
+
+class SamplesOnDevice:
+    """The samples of a dataset, gathered from a copy of its stream on a device (int32, 4 bytes a token).
+
+    Args:
+        dataset: the dataset to copy.
+        device: the device to copy it to.
+    """
+
+    def __init__(self, dataset: StreamDataset, device: torch.device) -> None:
+        self._dataset, self._device = dataset, device
+        self._stream = torch.empty(dataset.stream_length, dtype=torch.int32, device=device)
+        for first in range(0, dataset.stream_length, _TOKENS_AT_ONCE):
+            last = min(first + _TOKENS_AT_ONCE, dataset.stream_length)
+            self._stream[first:last] = torch.from_numpy(dataset.read(first, last).astype(np.int32))
+        self._offsets = torch.arange(dataset.context_length + 1, device=device)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitems__(self, ids: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets, int64 ``(batch, context_length)`` each, on the device; wait for nothing.
+
+        Raises:
+            IndexError: an id is out of range.
+        """
+        starts = torch.from_numpy(self._dataset.starts(ids))
+        if self._device.type == "cuda":
+            # Torch keeps pinned memory until the copy is made.
+            starts = starts.pin_memory()
+        starts = starts.to(self._device, non_blocking=True)
+        tokens = self._stream[starts[:, None] + self._offsets].long()
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+def copy_to_device(dataset: Any, device: torch.device) -> SamplesOnDevice | None:
+    """Copy ``dataset`` to a GPU.
+
+    Returns:
+        The copy; None if ``device`` is no GPU, ``dataset`` is no :class:`StreamDataset`, or
+        the copy would take more than a quarter of the free memory.
+    """
+    if device.type != "cuda" or not isinstance(dataset, StreamDataset):
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    fits = 4 * dataset.stream_length <= _MAX_FRACTION_OF_FREE_MEMORY * free
+    return SamplesOnDevice(dataset, device) if fits else None

@@ -266,30 +266,27 @@ def _should_record(device: torch.device, num_tokens: int) -> bool:
 
 
 def _record_extension(model: TransformerLM, cache: StaticCache) -> Callable[[Tensor], Tensor]:
+    """Return a CUDA graph that adds one token to every cached sequence, or the same kernel by kernel.
+
+    It maps tokens ``(batch, 1)`` to logits ``(batch, vocab)``, which the next call overwrites.
+    """
+    added = torch.zeros(len(cache.keys[0]), 1, dtype=torch.int64, device=cache.position.device)
+    # The passes before the recording write to the place of the first token, which overwrites it.
+    cache.position.fill_(cache.length)
     try:
-        return _RecordedExtension(model, cache)
+        logits, replay = capture(lambda: model.extend_static(added, cache), cache.position.device)
     except RuntimeError as error:
         log.warning("tokens are generated kernel by kernel, since a token cannot be recorded: %s", error)
         return lambda tokens: model.extend(tokens, cache)
 
-
-class _RecordedExtension:
-    """Adds one token to every cached sequence, as a CUDA graph."""
-
-    def __init__(self, model: TransformerLM, cache: StaticCache) -> None:
-        self._cache = cache
-        self._tokens = torch.zeros(len(cache.keys[0]), 1, dtype=torch.int64, device=cache.position.device)
-        # The passes before the recording write to the place of the first token, which overwrites it.
+    def extend(tokens: Tensor) -> Tensor:
+        added.copy_(tokens)
         cache.position.fill_(cache.length)
-        self._logits, self._replay = capture(lambda: model.extend_static(self._tokens, cache), cache.position.device)
+        replay()
+        cache.length += 1
+        return logits
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Return logits ``(batch, vocab)``, which the next call overwrites."""
-        self._tokens.copy_(tokens)
-        self._cache.position.fill_(self._cache.length)
-        self._replay()
-        self._cache.length += 1
-        return self._logits
+    return extend
 
 
 class _UncachedLogits:

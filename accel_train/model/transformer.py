@@ -68,9 +68,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
         self.output = nn.Linear(config.d_model, config.d_model)
 
-    def forward(
-        self, x: Tensor, angles: Angles | None, recorder: Recorder | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles | None, recorder: Recorder | None, cache: KVCache | None) -> Tensor:
         """Map ``(batch, time, d_model)`` to the same shape."""
         batch, time, width = x.shape
         packed = self.qkv(x).view(batch, time, 3, self.n_heads, -1)
@@ -120,9 +118,7 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = Dropout(config.dropout)
 
-    def forward(
-        self, x: Tensor, angles: Angles | None, recorder: Recorder | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles | None, recorder: Recorder | None, cache: KVCache | None) -> Tensor:
         """Map the residual stream ``(batch, time, d_model)`` to the next one."""
         x = x + self.dropout(self.attention(self.attention_norm(x), angles, recorder, cache))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))  # type: ignore[no-any-return]

@@ -11,8 +11,8 @@ import torch
 from accelerate.utils import send_to_device
 
 from accel_train.data.loader import DatasetWithIds
-from accel_train.data.on_device import copy_to_device
 from accel_train.data.permutation import GlobalBatchSampler
+from accel_train.data.windows import copy_to_device
 from accel_train.training.plan import Plan
 
 Ids = npt.NDArray[np.int64]

@@ -17,7 +17,7 @@ import yaml
 from harness import ACCELERATE, ROOT, TINY, outcome, record, write_config
 
 from accel_train.config.sections import ModelConfig, TrainingConfig
-from accel_train.data.on_device import copy_to_device
+from accel_train.data.windows import copy_to_device
 from accel_train.errors import NonFinite
 from accel_train.model import generation
 from accel_train.model.cuda_graph import capture as record_graph

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from accel_train.config.sections import ModelConfig, TrainingConfig
 from accel_train.data.loader import DatasetWithIds
-from accel_train.data.on_device import SamplesOnDevice
+from accel_train.data.windows import SamplesOnDevice
 from accel_train.errors import NonFinite
 from accel_train.model.transformer import TransformerLM
 from accel_train.tasks.walks.dataset import WalkDataset
