@@ -130,17 +130,14 @@ class GlobalBatchSampler:
 
     def __init__(self, num_samples: int, batch_size: int, seed: int, batches_per_epoch: int | None = None) -> None:
         fitting = num_samples // batch_size
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.seed = seed
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.batches_per_epoch = fitting if batches_per_epoch is None else batches_per_epoch
         if not 1 <= self.batches_per_epoch <= fitting:
             raise ValueError(
                 f"a dataset of {num_samples} samples holds {fitting} batches of {batch_size}, "
                 f"so an epoch cannot have {self.batches_per_epoch}"
             )
-        self.epoch = 0
-        self.batch = 0
+        self.epoch = self.batch = 0
 
     def seek(self, epoch: int, batch: int) -> None:
         """Make every ``iter()`` start at ``batch`` (micro-steps from 0) of ``epoch`` (from 0), in constant time.

@@ -25,6 +25,8 @@ class StreamDataset(Dataset[tuple[Tensor, Tensor]]):
 
     context_length: int
     """Tokens in an input."""
+    stream_length: int
+    """Tokens in the stream, including those that no sample uses."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Return one sample: inputs and targets, int64 ``(context_length,)`` each."""
@@ -45,11 +47,6 @@ class StreamDataset(Dataset[tuple[Tensor, Tensor]]):
         """
         tokens = torch.from_numpy(self._gather(np.asarray(ids, dtype=np.int64)))
         return tokens[:, :-1], tokens[:, 1:]
-
-    @property
-    @abstractmethod
-    def stream_length(self) -> int:
-        """Tokens in the stream."""
 
     @abstractmethod
     def read(self, first: int, last: int) -> npt.NDArray[np.int64]:
@@ -132,6 +129,9 @@ class TokenStream(Protocol):
         """Return the ``length`` tokens from each of ``starts`` on, int64 ``(windows, length)``."""
 
 
+Stream = TokenStream | npt.NDArray[Any]
+
+
 def count_windows(ranges: Ranges, context_length: int, stride: int | None = None) -> int:
     """Return the number of windows of a :class:`WindowDataset` with these settings."""
     return int(_window_counts(ranges, context_length, context_length if stride is None else stride).sum())
@@ -159,13 +159,9 @@ class WindowDataset(StreamDataset):
     """
 
     def __init__(
-        self,
-        tokens: TokenStream | npt.NDArray[Any],
-        context_length: int,
-        ranges: Ranges | None = None,
-        stride: int | None = None,
+        self, tokens: Stream, context_length: int, ranges: Ranges | None = None, stride: int | None = None
     ) -> None:
-        self._tokens = tokens
+        self._tokens, self.stream_length = tokens, len(tokens)
         self.context_length = context_length
         self.stride = context_length if stride is None else stride
         if context_length < 1 or self.stride < 1:
@@ -184,11 +180,6 @@ class WindowDataset(StreamDataset):
 
     def __len__(self) -> int:
         return int(self._first[-1])
-
-    @property
-    def stream_length(self) -> int:
-        """Tokens in the stream, including those that no window uses."""
-        return len(self._tokens)
 
     def read(self, first: int, last: int) -> npt.NDArray[np.int64]:
         """Return tokens ``first`` to ``last`` (exclusive) of the stream, int64."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -41,7 +38,8 @@ class KVCache:
 class StaticCache(KVCache):
     """A cache to which the same kernels add every token, so that a CUDA graph can hold them.
 
-    ``position`` (int64, one element, on the device) is the place of the token that is added.
+    ``position`` (int64, one element, on the device) is the place of the token that is added. While ``adding`` is
+    set, one token is added there, whatever ``length`` says.
     """
 
     def __init__(self, config: ModelConfig, batch: int, capacity: int, like: Tensor) -> None:
@@ -50,27 +48,18 @@ class StaticCache(KVCache):
             stored.zero_()  # an empty place has weight zero, and zero times NaN would be NaN
         self.position = torch.zeros(1, dtype=torch.int64, device=like.device)
         self._places = torch.arange(capacity, device=like.device)
-        self._adding = False
+        self.adding = False
 
     @property
     def visible(self) -> Tensor | None:
-        """Bool ``(1, capacity)``, the places that the token being added attends to; None outside of :meth:`adding`."""
-        return (self._places <= self.position).unsqueeze(0) if self._adding else None
+        """Bool ``(1, capacity)``, the places that the token being added attends to; None unless ``adding``."""
+        return (self._places <= self.position).unsqueeze(0) if self.adding else None
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store as every cache does; inside of :meth:`adding`, store at ``position`` and return all places."""
-        if not self._adding:
+        """Store as every cache does; while ``adding``, store at ``position`` and return all places."""
+        if not self.adding:
             return super().append(layer, key, value)
         is_new = (self._places == self.position).view(-1, 1)
         for stored, new in ((self.keys[layer], key), (self.values[layer], value)):
             torch.where(is_new, new, stored, out=stored)
         return self.keys[layer], self.values[layer]
-
-    @contextmanager
-    def adding(self) -> Iterator[None]:
-        """Add one token at ``position`` in this context, whatever ``length`` says."""
-        self._adding = True
-        try:
-            yield
-        finally:
-            self._adding = False

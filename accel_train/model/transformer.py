@@ -138,8 +138,7 @@ class TransformerLM(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
-        self.config = config
-        self.vocab_size = vocab_size
+        self.config, self.vocab_size = config, vocab_size
         self.token_embedding = nn.Embedding(vocab_size, config.d_model)
         learned = config.positions == "learned"
         self.position_embedding = nn.Embedding(config.max_seq_len, config.d_model) if learned else None
@@ -220,8 +219,11 @@ class TransformerLM(nn.Module):
         Returns:
             Logits ``(batch, vocab)`` of the token after it.
         """
-        with cache.adding():
+        cache.adding = True
+        try:
             return self._logits(self._residual(tokens, cache=cache)[:, -1])
+        finally:
+            cache.adding = False
 
     def _residual(self, tokens: Tensor, recorder: Recorder | None = None, cache: KVCache | None = None) -> Tensor:
         """Return the residual stream after the last block, ``(batch, time, d_model)``."""

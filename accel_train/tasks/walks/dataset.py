@@ -32,7 +32,7 @@ class WalkDataset(StreamDataset):
                 f"walks of shape {walks.shape} do not hold a chunk of context_length + 1 = {chunk} tokens; "
                 "they must be (num_walks, walk_length) with longer walks or a shorter context"
             )
-        self.context_length = context_length
+        self.context_length, self.stream_length = context_length, walks.size
         self.chunks_per_walk: int = walks.shape[1] // chunk
         # Splitting the last axis gives a view, even where a remainder is cut off.
         self._chunks = walks[:, : self.chunks_per_walk * chunk].reshape(len(walks), self.chunks_per_walk, chunk)
@@ -40,11 +40,6 @@ class WalkDataset(StreamDataset):
 
     def __len__(self) -> int:
         return len(self._chunks) * self.chunks_per_walk
-
-    @property
-    def stream_length(self) -> int:
-        """Tokens in all walks."""
-        return self._walks.size
 
     def read(self, first: int, last: int) -> npt.NDArray[np.int64]:
         """Return tokens ``first`` to ``last`` (exclusive) of the stream, int64."""

@@ -29,9 +29,10 @@ def test_static_cache_writes_at_its_position_only():
     cache = StaticCache(CONFIG, BATCH, CONTEXT, LIKE)
     cache.position.fill_(5)
 
-    with cache.adding():
-        visible = cache.visible
-        keys, _ = cache.append(0, *torch.ones(2, BATCH, 2, 1, 8, dtype=torch.float64))
+    cache.adding = True
+    visible = cache.visible
+    keys, _ = cache.append(0, *torch.ones(2, BATCH, 2, 1, 8, dtype=torch.float64))
+    cache.adding = False
 
     assert keys.sum(dim=(0, 1, 3)).nonzero().tolist() == [[5]]
     assert visible.tolist() == [[True] * 6 + [False] * 6]
