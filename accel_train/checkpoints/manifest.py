@@ -168,8 +168,7 @@ def survey(directory: Path, *, full: bool = False) -> list[Found]:
 
 def _look_at(path: Path, full: bool) -> Found:
     try:
-        manifest = read_manifest(path)
-        problems = verify(path, full=full)
+        manifest, problems = read_manifest(path), verify(path, full=full)
     except CheckpointError as error:
         manifest, problems = {}, [str(error)]
     try:

@@ -175,9 +175,5 @@ def fingerprint_terms(positions: npt.ArrayLike, ids: npt.ArrayLike) -> int:
     Returns:
         An integer in ``[0, 2**64)``.
     """
-    words = np.array(positions, dtype=np.uint64)
-    words += np.uint64(_GAMMA)
-    words = _mix(words)
-    words ^= np.asarray(ids).astype(np.uint64)
-    words *= np.uint64(_GAMMA)
-    return int(_mix(words).sum(dtype=np.uint64))
+    words = _mix(np.asarray(positions, dtype=np.uint64) + np.uint64(_GAMMA)) ^ np.asarray(ids).astype(np.uint64)
+    return int(_mix(words * np.uint64(_GAMMA)).sum(dtype=np.uint64))

@@ -170,8 +170,8 @@ class WindowDataset(StreamDataset):
         if used.size and (used.min() < 0 or used.max() > len(tokens)):
             raise ValueError(f"the ranges reach from {used.min()} to {used.max()}, the stream has {len(tokens)} tokens")
         counts = _window_counts(used, context_length, self.stride)
-        self._starts = used[:, 0]
-        self._first = np.concatenate([[0], np.cumsum(counts)])
+        self._starts: npt.NDArray[np.int64] = used[:, 0]
+        self._first: npt.NDArray[np.int64] = np.concatenate([[0], np.cumsum(counts)])
         if not len(self):
             raise ValueError(
                 f"{int((used[:, 1] - used[:, 0]).sum())} tokens in {len(used)} ranges hold no window of "
@@ -189,8 +189,7 @@ class WindowDataset(StreamDataset):
         """Return the position in the stream of the first token of each of these windows, ``(batch,)``."""
         self._check_ids(ids)
         index = np.searchsorted(self._first, ids, side="right") - 1
-        starts: npt.NDArray[np.int64] = self._starts[index] + (ids - self._first[index]) * self.stride
-        return starts
+        return self._starts[index] + (ids - self._first[index]) * self.stride
 
     def _gather(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return self._windows(self.starts(ids), self.context_length + 1)
@@ -198,8 +197,7 @@ class WindowDataset(StreamDataset):
     def _windows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
         if not isinstance(self._tokens, np.ndarray):
             return self._tokens.windows(starts, length)
-        tokens: npt.NDArray[np.int64] = self._tokens[starts[:, None] + np.arange(length)].astype(np.int64)
-        return tokens
+        return np.asarray(self._tokens[starts[:, None] + np.arange(length)], dtype=np.int64)
 
 
 _TOKENS_AT_ONCE = 1 << 22

@@ -51,10 +51,7 @@ class Recorder:
 
     def __init__(self, mode: ExtractionMode) -> None:
         self.mode = mode
-        self.scores: list[Tensor] = []
-        self.weights: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self.residual: list[Tensor] = []
+        self._recorded: dict[ExtractionMode, list[Tensor]] = {kind: [] for kind in ExtractionMode}
 
     def record_attention(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Record one block's attention from query, key and value, ``(batch, heads, time, head_width)`` each."""
@@ -62,18 +59,19 @@ class Recorder:
             time = query.shape[2]
             later = torch.ones(time, time, dtype=torch.bool, device=query.device).triu(1)
             scores = (query @ key.transpose(2, 3) / math.sqrt(query.shape[3])).masked_fill(later, -math.inf)
-            if self.mode & ExtractionMode.SCORES:
-                self.scores.append(scores)
+            self._record(ExtractionMode.SCORES, scores)
             if self.mode & ExtractionMode.WEIGHTS:
-                self.weights.append(scores.softmax(dim=-1))
-        if self.mode & ExtractionMode.VALUES:
-            self.values.append(value)
+                self._record(ExtractionMode.WEIGHTS, scores.softmax(dim=-1))
+        self._record(ExtractionMode.VALUES, value)
 
     def record_residual(self, x: Tensor) -> None:
         """Record the residual stream ``(batch, time, d_model)``."""
-        if self.mode & ExtractionMode.RESIDUAL:
-            self.residual.append(x)
+        self._record(ExtractionMode.RESIDUAL, x)
 
     def extraction(self, logits: Tensor) -> Extraction:
         """Return all recorded tensors with the logits ``(batch, time, vocab)``."""
-        return Extraction(logits, tuple(self.scores), tuple(self.weights), tuple(self.values), tuple(self.residual))
+        return Extraction(logits, *map(tuple, self._recorded.values()))
+
+    def _record(self, kind: ExtractionMode, tensor: Tensor) -> None:
+        if self.mode & kind:
+            self._recorded[kind].append(tensor)

@@ -90,8 +90,7 @@ class Attention(nn.Module):
             return self.output(mixed.reshape(batch, time, width))  # type: ignore[no-any-return]
         visible = cache.visible if isinstance(cache, StaticCache) else None
         mixed = functional.scaled_dot_product_attention(query, key, value, visible, dropout_p=dropout, is_causal=causal)
-        mixed = mixed.transpose(1, 2).reshape(batch, time, width)
-        return self.output(mixed)  # type: ignore[no-any-return]
+        return self.output(mixed.transpose(1, 2).reshape(batch, time, width))  # type: ignore[no-any-return]
 
 
 class FeedForward(nn.Module):

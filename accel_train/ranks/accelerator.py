@@ -132,5 +132,4 @@ def warm_up_buckets(model: nn.Module, backward: Callable[[], None]) -> None:
 def _buckets_are_rebuilt(model: nn.Module) -> bool:
     if not isinstance(model, DistributedDataParallel):
         return True
-    data: dict[str, Any] = model._get_ddp_logging_data()  # type: ignore[no-untyped-call]
-    return bool(data.get("has_rebuilt_buckets", True))
+    return bool(model._get_ddp_logging_data().get("has_rebuilt_buckets", True))  # type: ignore[no-untyped-call]

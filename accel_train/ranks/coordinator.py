@@ -133,8 +133,7 @@ class Coordinator:
         self._sequence += 1
         self._store.phase = name
         key = f"phase{self._sequence}"
-        result: T = self._lead(key, name, work) if self.is_main else self._follow(key, name)
-        return result
+        return self._lead(key, name, work) if self.is_main else self._follow(key, name)  # type: ignore[no-any-return]
 
     def announce_failure(self, error: BaseException) -> None:
         """Tell ranks that wait in a phase or a gather that this one is leaving."""
