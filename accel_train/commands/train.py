@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 
 from accel_train.config.parse import parse_config
 from accel_train.errors import EXIT_PREEMPTED
-from accel_train.process.launcher import ask_for_sigterm_when_launcher_dies
-from accel_train.process.signals import leaving_on_stop_signals
+from accel_train.process.signals import ask_for_sigterm_when_launcher_dies, leaving_on_stop_signals
 from accel_train.tasks.registry import config_class
 
 _EXPERIMENT = "accel_train.runs.experiment"

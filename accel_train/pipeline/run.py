@@ -44,8 +44,7 @@ from accel_train.pipeline.options import OPTIONS_FILE, as_option, kept_options
 from accel_train.pipeline.prerequisites import check_space, read_configuration, record_of, run_dir_of
 from accel_train.process.console import print_line, say
 from accel_train.process.fault_points import REPORT_BEGUN
-from accel_train.process.launcher import tied_to_this_process
-from accel_train.process.signals import StopSignal
+from accel_train.process.signals import StopSignal, tied_to_this_process
 from accel_train.process.work import WorkContext
 from accel_train.runs import experiment
 from accel_train.runs.directory import dump_config

@@ -3,22 +3,26 @@
 Handlers only set the flag: everything that must happen on preemption (agreement between the
 ranks, checkpoint, record) happens at a step boundary. Schedulers often signal twice, so the
 handlers are idempotent.
+
+The launcher of this process and those that this one launches leave no orphans: a parent killed with SIGKILL
+can tell nobody, so a child asks the kernel (Linux) for SIGTERM when its parent dies.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
-
-from accel_train.process.launcher import ask_for_sigterm_when_launcher_dies, is_orphan_of, launcher_pid
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
@@ -28,6 +32,10 @@ _SAME_INTERRUPT_SECONDS = 1.0
 # Of a rank that waits for the others to come: how often it looks up, and how long it stays once signalled.
 _MEETING_POLL_SECONDS = 0.5
 _MEETING_GRACE_SECONDS = 5.0
+
+_PR_SET_PDEATHSIG = 1
+# `accelerate launch` sets the first for every worker, torchrun the second.
+_SET_BY_LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 
 
 class StopSignal:
@@ -145,3 +153,61 @@ def leaving_while_ranks_meet(code: int, stop: StopSignal) -> Iterator[None]:
             wakeup.send(b"\0")  # no signal has this number: the thread need not be waited for
             if thread.ident is not None:
                 thread.join()
+
+
+def launcher_pid() -> int | None:
+    """Return the process id of the launcher; None off Linux, or when the script was started by hand.
+
+    The launcher's death concerns only those it started: ``nohup`` and ``disown`` keep working.
+    """
+    is_launched = any(name in os.environ for name in _SET_BY_LAUNCHERS)
+    return os.getppid() if is_launched and sys.platform.startswith("linux") else None
+
+
+def is_orphan_of(parent: int) -> bool:
+    """Whether ``parent``, an earlier answer of :func:`launcher_pid`, is not (or no longer) the launcher."""
+    return os.getppid() != parent or (parent == 1 and not _process_1_is_launcher())
+
+
+def ask_for_sigterm_when_launcher_dies() -> bool:
+    """Ask the kernel for SIGTERM when the launcher dies; does nothing without a launcher.
+
+    Call it as early as possible: where orphans get another parent than process 1, the death of a launcher
+    before the first call goes unnoticed.
+
+    Returns:
+        Whether the launcher is dead already.
+    """
+    launcher = launcher_pid()
+    if launcher is None:
+        return False
+    _ask_for_sigterm_when_parent_dies()
+    # The launcher may have died before the request was registered.
+    return is_orphan_of(launcher)
+
+
+def tied_to_this_process(line: Sequence[str]) -> list[str]:
+    """Return a command that becomes ``line`` and gets SIGTERM when this process dies, however it dies (Linux)."""
+    # Not between fork and exec: in a process with threads only signal-safe calls are allowed there.
+    code = f"import sys; from {__name__} import _become; _become({os.getpid()}, sys.argv[1:])"
+    return [sys.executable, "-c", code, *line]
+
+
+def _become(parent: int, line: list[str]) -> None:
+    _ask_for_sigterm_when_parent_dies()
+    if os.getppid() == parent:  # otherwise it died before it could be asked for
+        os.execvp(line[0], line)
+
+
+def _ask_for_sigterm_when_parent_dies() -> None:
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def _process_1_is_launcher() -> bool:
+    """As in a container whose command is the launcher itself: then process 1 is no sign of an orphan."""
+    try:
+        command = Path("/proc/1/cmdline").read_bytes()
+    except OSError:
+        return False
+    return any(name in command for name in (b"accelerate", b"torchrun", b"torch.distributed"))

@@ -29,7 +29,7 @@ from accel_train.config.sections import ModelConfig
 from accel_train.errors import Interrupted
 from accel_train.model.generation import stream
 from accel_train.model.transformer import TransformerLM
-from accel_train.process.launcher import tied_to_this_process
+from accel_train.process.signals import tied_to_this_process
 from accel_train.tasks.text.config import TextConfig
 from accel_train.tasks.text.tokenizer import TOKENIZER_FILE, TextTokenizer
 
