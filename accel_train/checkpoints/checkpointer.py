@@ -266,10 +266,10 @@ class Checkpointer:
 
     def _restore_rng(self, path: Path, saved: Mapping[int, str], state: TrainingState) -> None:
         rank, device = self.coordinator.rank, self.accelerator.device
-        moved = state.machine.get("device_type", device.type) != device.type
-        if rank not in saved or moved:
+        is_new = rank not in saved or state.machine.get("device_type", device.type) != device.type
+        if is_new:
             set_seed(derive_rank_seed(self.seed, state.step, rank))
-        restored = rank not in saved or moved or rng_digest(device) == saved[rank]
+        restored = is_new or rng_digest(device) == saved[rank]
         failed = [r for r, ok in enumerate(self.coordinator.gather("restored random states", restored)) if not ok]
         if failed:
             raise CheckpointMismatch(

@@ -18,8 +18,7 @@ from accel_train.config.sections import ModelConfig
 from accel_train.model.extraction import Extraction, ExtractionMode, Recorder
 from accel_train.model.kernels.attention import Angles, causal_attention, should_store_weights
 from accel_train.model.kernels.cross_entropy import linear_cross_entropy
-from accel_train.model.kernels.dropout import Dropout
-from accel_train.model.kernels.gelu import gelu
+from accel_train.model.kernels.pointwise import Dropout, gelu
 from accel_train.model.kv_cache import KVCache, StaticCache
 
 INIT_STD = 0.02
@@ -62,8 +61,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
-        self.n_heads = config.n_heads
+        self.layer, self.n_heads = layer, config.n_heads
         self.dropout = config.dropout if config.attention_dropout is None else config.attention_dropout
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
         self.output = nn.Linear(config.d_model, config.d_model)

@@ -60,8 +60,7 @@ class RunLog:
     """
 
     def __init__(self, rank: int) -> None:
-        self._rank = rank
-        self._logger = logging.getLogger("accel_train")
+        self._rank, self._logger = rank, logging.getLogger("accel_train")
         self._handlers: list[logging.Handler] = []
         self.is_on_screen = os.environ.get("LOCAL_RANK", str(rank)) == "0"
         """Whether errors of this process are shown."""

@@ -53,12 +53,11 @@ def build_accelerator(
         rng_types=[],
     )
     if accelerator.num_processes != world_size:
-        raise ConfigError(
-            "WORLD_SIZE",
-            world_size,
+        rule = (
             f"processes were launched but each sees {accelerator.num_processes}: they did not find each other; "
-            "on CPU set ACCELERATE_USE_CPU=true and launch with --multi_gpu --num_processes N",
+            "on CPU set ACCELERATE_USE_CPU=true and launch with --multi_gpu --num_processes N"
         )
+        raise ConfigError("WORLD_SIZE", world_size, rule)
     if config.deterministic and accelerator.device.type == "cuda":
         _make_deterministic()
     return accelerator

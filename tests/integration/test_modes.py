@@ -13,7 +13,7 @@ from warm import fork
 
 from accel_train.config.sections import ModelConfig
 from accel_train.model import transformer
-from accel_train.model.kernels import attention, gelu
+from accel_train.model.kernels import attention, pointwise
 
 HOOKS = {"hooks": {"update": ["killing:at_step"]}}
 ACCUMULATION = {"training": {"gradient_accumulation_steps": 2}}
@@ -64,7 +64,7 @@ def test_sigkill_changes_no_bit(tmp_path: Path, mode: dict, world: int, environm
 def test_wide_is_wide_enough() -> None:
     model = ModelConfig(**{**TINY["model"], **WIDE["model"]})
     batch, context = WIDE["training"]["batch_size"] // 2, model.max_seq_len
-    assert batch * context * model.feed_forward_width >= gelu._MIN_ELEMENTS
+    assert batch * context * model.feed_forward_width >= pointwise._MIN_ELEMENTS
     packed = torch.zeros(batch, context, 3, model.n_heads, model.d_model // model.n_heads, requires_grad=True)
     assert attention.should_store_weights(packed)
     assert WIDE["walks"]["gate"]["num_sequences"] * model.n_heads >= transformer._MANY_SINGLE_QUERIES
