@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -106,11 +107,9 @@ def _lock(root: Path, key: str) -> FileLock:
 
 
 def _is_acquired(lock: FileLock) -> bool:
-    try:
+    with suppress(Timeout):
         lock.acquire(timeout=0)
-    except Timeout:
-        return False
-    return True
+    return lock.is_locked
 
 
 def _sweep(root: Path, held_key: str) -> None:

@@ -242,8 +242,7 @@ class _CachedLogits:
 
     def __init__(self, model: TransformerLM, rows: Tensor, first: int) -> None:
         self.model, self.rows = model, rows
-        self.context = model.config.max_seq_len
-        self.start = 0
+        self.context, self.start = model.config.max_seq_len, 0
         batch, length = rows.shape
         kind = StaticCache if _should_record(rows.device, length - first) else KVCache
         self.cache = model.new_cache(batch, min(length, self.context), kind)

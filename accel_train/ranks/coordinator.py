@@ -54,8 +54,7 @@ class Coordinator:
     """
 
     def __init__(self, stop: StopSignal, timeout_seconds: float) -> None:
-        self.stop = stop
-        self.timeout = timeout_seconds
+        self.stop, self.timeout = stop, timeout_seconds
         distributed = dist.is_available() and dist.is_initialized()
         self.world_size = dist.get_world_size() if distributed else 1
         self.rank = dist.get_rank() if distributed else 0
