@@ -25,15 +25,13 @@ from torch import Tensor, nn
 from accel_train.config.sections import TrainingConfig
 from accel_train.model.transformer import TransformerLM
 from accel_train.training.hooks import Hooks
-from accel_train.training.losses import fused_cross_entropy, next_token_cross_entropy
+from accel_train.training.losses import LossFunction, fused_cross_entropy, next_token_cross_entropy
 from accel_train.training.recorded_step import RecordedStep, why_not
 
 log = logging.getLogger(__name__)
 
 _MAX_SKIPPED_IN_A_ROW = 50
 """Overflows of fp16 gradients in a row that end a run: the loss scale is then 2^-50 of what it was."""
-
-LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
 def wrappers_add_nothing(accelerator: Accelerator) -> bool:

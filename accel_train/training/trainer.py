@@ -41,13 +41,13 @@ from accel_train.training.commits import Commits
 from accel_train.training.evaluation import Evaluation, Evaluator
 from accel_train.training.hooks import Hooks
 from accel_train.training.loss_buffer import LossBuffer
-from accel_train.training.losses import next_token_cross_entropy
+from accel_train.training.losses import LossFunction, next_token_cross_entropy
 from accel_train.training.non_finite import replay
 from accel_train.training.optimizer import build_optimizer
 from accel_train.training.plan import Plan
 from accel_train.training.resuming import note_resume
 from accel_train.training.services import Services
-from accel_train.training.step import LossFunction, Outcome, Step
+from accel_train.training.step import Outcome, Step
 
 
 class Trainer:
@@ -118,13 +118,7 @@ class Trainer:
             total_steps=plan.total_steps, steps_per_epoch=plan.steps_per_epoch, schedule=plan.learning_rate
         )
         self._evaluation = Evaluation(
-            evaluate,
-            validation or {},
-            loss_fn=loss_fn,
-            plan=plan,
-            accelerator=self.accelerator,
-            coordinator=self._coordinator,
-            reached=services.reached,
+            evaluate, validation or {}, loss_fn, plan, self.accelerator.device, self._coordinator, services.reached
         )
         self._prepare(model, dataset)
         checkpointer: Checkpointer | None = None
