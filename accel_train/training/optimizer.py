@@ -49,6 +49,4 @@ def cosine_with_warmup(step: int, warmup_steps: int, total_steps: int, min_lr_ra
 
 def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
     """Return the warm-up's steps: ``config.warmup_steps`` if set, else ``config.warmup_ratio`` of the run, rounded."""
-    if config.warmup_steps is not None:
-        return config.warmup_steps
-    return round(config.warmup_ratio * total_steps)
+    return round(config.warmup_ratio * total_steps) if config.warmup_steps is None else config.warmup_steps

@@ -1,16 +1,28 @@
-"""How a run is cut into epochs, steps, micro-steps and slices of ranks: pure functions of the configuration."""
+"""How a run is cut into epochs, steps, micro-steps and slices of ranks, and the batches that follow from it.
+
+The cut is a pure function of the configuration. The batches come from a DataLoader or, where that is as fast,
+straight from the dataset.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from accelerate.utils import send_to_device
 
 from accel_train.config.sections import TrainingConfig
+from accel_train.data.loader import DatasetWithIds, build_loader
+from accel_train.data.on_device import copy_to_device
 from accel_train.data.permutation import GlobalBatchSampler
 from accel_train.errors import ConfigError
 from accel_train.training.optimizer import cosine_with_warmup, warmup_steps
+
+Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -30,11 +42,8 @@ class Plan:
     def __post_init__(self) -> None:
         self.config.check_world_size(self.world_size)
         if self.steps_per_epoch == 0:
-            raise ConfigError(
-                "training.batch_size",
-                self.config.batch_size,
-                f"is larger than the dataset of {self.samples} samples; use a smaller batch or more data",
-            )
+            rule = f"is larger than the dataset of {self.samples} samples; use a smaller batch or more data"
+            raise ConfigError("training.batch_size", self.config.batch_size, rule)
 
     @property
     def accumulation(self) -> int:
@@ -57,7 +66,7 @@ class Plan:
         budget = self.config.max_epochs * self.steps_per_epoch
         return budget if self.config.max_steps == -1 else min(budget, self.config.max_steps)
 
-    def own_positions(self) -> npt.NDArray[np.int64]:
+    def own_positions(self) -> Ids:
         """Return the positions ``(local batch,)`` of this rank's slice within a micro-step's batch."""
         local = self.micro_batch // self.world_size
         return self.rank * local + np.arange(local, dtype=np.int64)
@@ -83,3 +92,47 @@ class Plan:
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of update ``step`` (from 0)."""
         return self.config.learning_rate * self.lr_factor(step)
+
+
+class Batches:
+    """Serves this rank's slices of the micro-steps' batches, on the device, with the ids of their samples.
+
+    Args:
+        dataset: map-style; ``__getitems__(ids)`` may return a whole batch.
+        plan: cuts the dataset into steps and slices.
+        device: where the batches go.
+    """
+
+    def __init__(self, dataset: Any, plan: Plan, device: torch.device) -> None:
+        self._dataset, self._plan, self._device = DatasetWithIds(dataset), plan, device
+        self._sampler: GlobalBatchSampler = plan.sampler()
+        self.own_positions: Ids = plan.own_positions()
+        """Positions ``(local batch,)`` of this rank's slice within a micro-step's batch."""
+        workers = plan.config.num_workers
+        self.loader: Any = build_loader(self._dataset, self._sampler, num_workers=workers, seed=plan.seed)
+        """Loads the batches of all ranks; to be replaced by what Accelerate makes of it for this one."""
+        # In one process on a CPU there is nothing to copy and nothing to overlap.
+        direct = dataset if device.type == "cpu" and not workers else copy_to_device(dataset, device)
+        self.direct = None if direct is None else DatasetWithIds(direct)
+        """Serves batches without a DataLoader; None where one is needed."""
+
+    def of_epoch(self, epoch: int, micro_step: int) -> Generator[tuple[Ids, Any], None, None]:
+        """Yield ``(ids, batch)`` of an epoch's micro-steps.
+
+        Args:
+            epoch: counted from 0.
+            micro_step: the first one, counted from 0 within the epoch.
+        """
+        self._sampler.seek(epoch, micro_step)
+        if self.direct is None:
+            yield from self.loader
+            return
+        for ids in self.loader.batch_sampler:
+            yield self.direct.__getitems__(ids)
+
+    def one(self, epoch: int, micro_step: int) -> Any:
+        """Return this rank's slice of one micro-step's batch; the loader does not move."""
+        sampler = self._plan.sampler()
+        sampler.seek(epoch, micro_step)
+        _, batch = self._dataset.__getitems__(next(iter(sampler))[self.own_positions])
+        return send_to_device(batch, self._device)

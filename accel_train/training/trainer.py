@@ -25,7 +25,7 @@ from accel_train.checkpoints.random_states import derive_rank_seed
 from accel_train.checkpoints.state import TrainingState
 from accel_train.config.fields import result_values
 from accel_train.config.sections import CheckpointConfig, TrainingConfig
-from accel_train.data.loader import build_loader, count_tokens
+from accel_train.data.loader import count_tokens
 from accel_train.errors import Interrupted, LostPeer, NonFinite, PeerFailed, Preempted
 from accel_train.files.atomic import sha256_json
 from accel_train.process.fault_points import STEP_DONE
@@ -35,7 +35,6 @@ from accel_train.process.stopwatch import Rate, Stopwatch
 from accel_train.ranks.accelerator import arithmetic, build_accelerator, check_accelerator, machine, warm_up_buckets
 from accel_train.ranks.coordinator import Coordinator
 from accel_train.ranks.store import first_line, is_lost_peer
-from accel_train.training.batches import Batches
 from accel_train.training.callbacks import Callback, LoopState, overriding
 from accel_train.training.commits import Commits
 from accel_train.training.evaluation import Evaluation, Evaluator
@@ -44,7 +43,7 @@ from accel_train.training.loss_buffer import LossBuffer
 from accel_train.training.losses import LossFunction, next_token_cross_entropy
 from accel_train.training.non_finite import replay
 from accel_train.training.optimizer import build_optimizer
-from accel_train.training.plan import Plan
+from accel_train.training.plan import Batches, Plan
 from accel_train.training.resuming import note_resume
 from accel_train.training.services import Services
 from accel_train.training.step import Outcome, Step
@@ -140,18 +139,14 @@ class Trainer:
 
     def _prepare(self, model: nn.Module, dataset: Any) -> None:
         config, plan, device = self.config, self.plan, self.accelerator.device
-        self._batches = Batches(dataset, plan, device, config.num_workers)
-        loader = build_loader(
-            self._batches.dataset, self._batches.sampler, num_workers=config.num_workers, seed=self.seed
-        )
+        self._batches = batches = Batches(dataset, plan, device)
         optimizer = build_optimizer(model, config, device)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.lr_factor)
-        prepared = self.accelerator.prepare(model, optimizer, scheduler, loader)
-        self.model, self._optimizer, self._scheduler, self._loader = prepared
+        prepared = self.accelerator.prepare(model, optimizer, scheduler, batches.loader)
+        self.model, self._optimizer, self._scheduler, batches.loader = prepared
         self._step = Step(self.accelerator, *prepared[:3], loss_fn=self._loss_fn, config=config, hooks=self._hooks)
         capacity = (config.log_interval + 1) * plan.accumulation
         self._losses = LossBuffer(capacity, plan.accumulation, plan.world_size, self.accelerator.gather, device)
-        self._position = 0
 
     # -- the run ---------------------------------------------------------------------------
 
@@ -218,7 +213,6 @@ class Trainer:
         self.state.world_sizes.append(self.plan.world_size)
         self.loop_state.step, self.loop_state.epoch = self.state.step, self.state.epoch
         self.loop_state.skipped_steps = self.state.skipped_steps
-        self._position = self.plan.first_position(self.state.epoch, self.state.step_in_epoch)
 
     def _train(self) -> None:
         state = self.state
@@ -236,13 +230,14 @@ class Trainer:
     def _run_epoch(self) -> None:
         """Train to the end of the epoch or of the budget, or until an evaluation stops training."""
         step, state, loop, plan = self._step, self.state, self.loop_state, self.plan
+        position = plan.first_position(state.epoch, state.step_in_epoch)
         first = state.step_in_epoch * plan.accumulation
         # Closed even when training ends in between: its workers then leave by themselves.
-        with closing(self._batches.of_epoch(self._loader, state.epoch, first)) as batches:
+        with closing(self._batches.of_epoch(state.epoch, first)) as batches:
             for ids, batch in batches:
                 loss = step.micro_step(batch)
-                self._losses.add(loss, self._position + self._batches.own_positions, ids)
-                self._position += plan.micro_batch
+                self._losses.add(loss, position + self._batches.own_positions, ids)
+                position += plan.micro_batch
                 state.tokens_seen += count_tokens(batch) * plan.world_size
                 if not step.is_complete:
                     continue
