@@ -55,11 +55,11 @@ from accel_train.runs.recorder import Recorder
 from accel_train.runs.trackers import Trackers
 from accel_train.tasks.registry import build_task
 from accel_train.training.callbacks import Callback, LoopState
+from accel_train.training.commits import Services
 from accel_train.training.hooks import Hooks, build_hooks
 from accel_train.training.losses import fused_cross_entropy
 from accel_train.training.non_finite import is_out_of_memory
 from accel_train.training.progress import Progress
-from accel_train.training.services import Services
 from accel_train.training.trainer import Trainer
 
 T = TypeVar("T")

@@ -1,14 +1,43 @@
-"""The checkpoints of a trainer: timed, saved, committed in the background, then reported to the callbacks."""
+"""The checkpoints of a trainer: what the command line passes for them, saving, reporting, and going on from one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accel_train.checkpoints.checkpointer import Checkpointer
+from accel_train.checkpoints.manifest import require_data
 from accel_train.checkpoints.state import TrainingState
+from accel_train.errors import CheckpointMismatch
 from accel_train.process.stopwatch import Stopwatch
+from accel_train.process.work import pass_by
+from accel_train.ranks.coordinator import Coordinator
 from accel_train.training.callbacks import Callback, LoopState
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Services:
+    """What a run of the command line adds to its trainer; a trainer used as a library needs none of it."""
+
+    coordinator: Coordinator | None = None
+    """Agreement between the ranks, whose stop flag somebody sets; None: the trainer makes one and handles signals."""
+    config_hash: str | None = None
+    """Identifies the experiment in checkpoints; None: the hash of the loop's configuration, seed and samples."""
+    extra_files: Mapping[str, bytes] = field(default_factory=dict)
+    """Small files stored in every checkpoint, by name."""
+    data_digests: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of what the data is made of, by name; a checkpoint of other data is refused."""
+    logs: Sequence[Path] = ()
+    """Files that must be on disk before a checkpoint counts, such as a log of metrics."""
+    restart: bool = False
+    """Start over when every checkpoint is damaged, instead of refusing."""
+    reached: Callable[[str], None] = pass_by
+    """Called with every fault point (see :mod:`accel_train.process.fault_points`)."""
 
 
 class Commits:
@@ -62,7 +91,38 @@ class Commits:
 
     def _report(self) -> None:
         path, self._unreported = self._unreported, None
-        if path is None:
-            return
-        for callback in self._callbacks:
-            callback.on_checkpoint(self._loop_state, path)
+        if path is not None:
+            for callback in self._callbacks:
+                callback.on_checkpoint(self._loop_state, path)
+
+
+def note_resume(
+    state: TrainingState, arithmetic: Mapping[str, str], machine: dict[str, Any], data: Mapping[str, str]
+) -> None:
+    """Refuse a checkpoint of other arithmetic or data than this launch's; record and log what else differs.
+
+    Args:
+        state: the checkpoint's state; its ``resumes`` and ``machine`` are updated.
+        arithmetic: of this launch, see :func:`accel_train.ranks.accelerator.arithmetic`.
+        machine: of this launch, see :func:`accel_train.ranks.accelerator.machine`.
+        data: digests of this launch's data, by name.
+
+    Raises:
+        CheckpointMismatch: names what differs and both values.
+    """
+    for name, value in arithmetic.items():
+        if state.arithmetic.get(name) != value:
+            raise CheckpointMismatch(
+                f"the checkpoint of step {state.step} was trained with {name} = {state.arithmetic.get(name)!r}, "
+                f"this launch has {value!r}; launch it as before, or start over"
+            )
+    require_data(state.data, data, state.step, "start over")
+    changes = {k: [state.machine.get(k), v] for k, v in machine.items() if state.machine.get(k) != v}
+    for name, (before, now) in changes.items():
+        log.warning("resuming with %s = %r instead of %r: the bits may differ", name, now, before)
+    world = machine["num_processes"]
+    state.resumes.append({"step": state.step, "world_size": world, "changes": changes})
+    if world > state.machine.get("num_processes", world):
+        log.warning("ranks that are new start with random states derived from seed, step and rank")
+    state.machine = machine
+    log.info("resumed at step %d", state.step)

@@ -36,7 +36,7 @@ from accel_train.ranks.accelerator import arithmetic, build_accelerator, check_a
 from accel_train.ranks.coordinator import Coordinator
 from accel_train.ranks.store import first_line, is_lost_peer
 from accel_train.training.callbacks import Callback, LoopState, overriding
-from accel_train.training.commits import Commits
+from accel_train.training.commits import Commits, Services, note_resume
 from accel_train.training.evaluation import Evaluation, Evaluator
 from accel_train.training.hooks import Hooks
 from accel_train.training.loss_buffer import LossBuffer
@@ -44,8 +44,6 @@ from accel_train.training.losses import LossFunction, next_token_cross_entropy
 from accel_train.training.non_finite import replay
 from accel_train.training.optimizer import build_optimizer
 from accel_train.training.plan import Batches, Plan
-from accel_train.training.resuming import note_resume
-from accel_train.training.services import Services
 from accel_train.training.step import Outcome, Step
 
 

@@ -21,7 +21,7 @@ from accel_train.errors import CheckpointError, CheckpointMismatch, CheckpointsD
 from accel_train.files.atomic import sha256_json
 from accel_train.process.fault_points import COMMIT_BEGUN
 from accel_train.training.callbacks import Callback
-from accel_train.training.services import Services
+from accel_train.training.commits import Services
 from accel_train.training.trainer import Trainer
 
 CONFIG = TrainingConfig(max_epochs=3, batch_size=8, log_interval=2)

@@ -13,8 +13,8 @@ from accel_train.checkpoints.manifest import list_checkpoints
 from accel_train.config.sections import CheckpointConfig, TrainingConfig
 from accel_train.errors import CheckpointError, Preempted
 from accel_train.training.callbacks import Callback
+from accel_train.training.commits import Services
 from accel_train.training.losses import next_token_cross_entropy
-from accel_train.training.services import Services
 from accel_train.training.trainer import Trainer
 
 SMALL = TrainingConfig(max_epochs=3, batch_size=8, learning_rate=1e-2, log_interval=2)
