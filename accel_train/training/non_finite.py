@@ -34,9 +34,8 @@ def replay(
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out, on any device: torch raises a plain ``RuntimeError`` on the CPU."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return on_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def first_bad_tensor(model: nn.Module, batch: Any, loss_fn: LossFunction) -> str | None:

@@ -1,11 +1,12 @@
-"""How a run is cut into epochs, steps, micro-steps and slices of ranks, and the batches that follow from it.
+"""How a run is cut into epochs, steps, micro-steps and slices of ranks, its learning rate, and its batches.
 
-The cut is a pure function of the configuration. The batches come from a DataLoader or, where that is as fast,
-straight from the dataset.
+Cut and learning rate are pure functions of the configuration and the step. The batches come from a DataLoader or,
+where that is as fast, straight from the dataset.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +21,35 @@ from accel_train.data.loader import DatasetWithIds, build_loader
 from accel_train.data.on_device import copy_to_device
 from accel_train.data.permutation import GlobalBatchSampler
 from accel_train.errors import ConfigError
-from accel_train.training.optimizer import cosine_with_warmup, warmup_steps
 
 Ids = npt.NDArray[np.int64]
+
+
+def cosine_with_warmup(step: int, warmup_steps: int, total_steps: int, min_lr_ratio: float = 0.1) -> float:
+    """Return the factor on the peak learning rate for step ``step`` (counted from 0).
+
+    Linear warm-up ``(step + 1) / warmup_steps``, so that the first step already learns; half a
+    cosine (Loshchilov and Hutter 2017) from the peak at ``warmup_steps`` down to ``min_lr_ratio``
+    in the last step, ``total_steps - 1``, where it stays.
+
+    Args:
+        step: number of steps done.
+        warmup_steps: steps of the warm-up; 0 starts at the peak.
+        total_steps: steps of the whole run.
+        min_lr_ratio: final factor.
+
+    Returns:
+        A factor in ``(0, 1]``, or ``min_lr_ratio`` where that is 0.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = min((step - warmup_steps) / max(total_steps - 1 - warmup_steps, 1), 1.0)
+    return min_lr_ratio + (1.0 - min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
+    """Return the warm-up's steps: ``config.warmup_steps`` if set, else ``config.warmup_ratio`` of the run, rounded."""
+    return round(config.warmup_ratio * total_steps) if config.warmup_steps is None else config.warmup_steps
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,21 @@ def wrappers_add_nothing(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type in plain and accelerator.scaler is None
 
 
+def build_optimizer(model: nn.Module, config: TrainingConfig, device: torch.device) -> torch.optim.AdamW:
+    """Return AdamW, fused where the device has the kernel; weight decay on all parameters or on matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if config.weight_decay_on == "matrices":
+        groups = [
+            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        ]
+    else:
+        groups = [{"params": trained, "weight_decay": config.weight_decay}]
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=device.type in {"cpu", "cuda"}
+    )
+
+
 class Outcome(Enum):
     """How an update ended."""
 
@@ -73,7 +88,7 @@ class Step:
         *,
         loss_fn: LossFunction,
         config: TrainingConfig,
-        hooks: Hooks | None,
+        hooks: Hooks,
     ) -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.grad_norm: Tensor | None = None

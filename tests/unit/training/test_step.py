@@ -17,8 +17,8 @@ from accel_train.ranks.accelerator import build_accelerator
 from accel_train.training import step as step_module
 from accel_train.training.hooks import Hooks
 from accel_train.training.losses import next_token_cross_entropy
-from accel_train.training.optimizer import build_optimizer, cosine_with_warmup
-from accel_train.training.step import Outcome, Step
+from accel_train.training.plan import cosine_with_warmup
+from accel_train.training.step import Outcome, Step, build_optimizer
 from accel_train.training.trainer import Trainer
 
 STEPS = 5
@@ -33,8 +33,8 @@ def step_of(model: nn.Module, config: TrainingConfig, **options) -> Step:
     optimizer = build_optimizer(model, config, torch.device("cpu"))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     prepared = accelerator.prepare(model, optimizer, scheduler)
-    loss_fn = options.pop("loss_fn", next_token_cross_entropy)
-    return Step(accelerator, *prepared, loss_fn=loss_fn, config=config, hooks=options.pop("hooks", None))
+    options = {"loss_fn": next_token_cross_entropy, "hooks": Hooks(model, {}, {})} | options
+    return Step(accelerator, *prepared, config=config, **options)
 
 
 def batches(dataset, count: int, size: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
