@@ -31,7 +31,7 @@ from accel_train.tasks.walks.dataset import WalkDataset
 from accel_train.training.callbacks import Callback, LoopState
 from accel_train.training.hooks import Hooks
 from accel_train.training.loss_buffer import LossBuffer
-from accel_train.training.optimizer import cosine_with_warmup, warmup_steps
+from accel_train.training.plan import cosine_with_warmup, warmup_steps
 from accel_train.training.trainer import Trainer
 
 Figures = dict[str, Any]

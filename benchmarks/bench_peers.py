@@ -30,7 +30,7 @@ from accel_train.config.sections import ModelConfig, TrainingConfig
 from accel_train.tasks.walks.dataset import WalkDataset
 from accel_train.training.callbacks import Callback, LoopState
 from accel_train.training.losses import fused_cross_entropy
-from accel_train.training.optimizer import cosine_with_warmup
+from accel_train.training.plan import cosine_with_warmup
 from accel_train.training.trainer import Trainer
 
 Figures = dict[str, Any]

@@ -26,7 +26,7 @@ from accel_train.tasks.text.inference_cost import measure_apart, peak_rss_bytes
 from accel_train.tasks.text.tokenizer import TOKENIZER_FILE, TextTokenizer, train_tokenizer
 from accel_train.tasks.text.tokens import write_tokens
 from accel_train.training.losses import fused_cross_entropy, next_token_cross_entropy
-from accel_train.training.optimizer import build_optimizer
+from accel_train.training.step import build_optimizer
 
 FILE = Path(__file__).parents[1] / "examples" / "text_default.yaml"
 EXAMPLE = parse_config(["--config", str(FILE)], config_class)[0]

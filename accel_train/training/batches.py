@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from accelerate.utils import send_to_device
 
-from accel_train.data.loader import DatasetWithIds
+from accel_train.data.loader import DatasetWithIds, build_loader
 from accel_train.data.permutation import GlobalBatchSampler
 from accel_train.data.windows import copy_to_device
-from accel_train.training.plan import Plan
-
-Ids = npt.NDArray[np.int64]
+from accel_train.training.plan import Ids, Plan
 
 
 class Batches:
@@ -25,43 +21,38 @@ class Batches:
         dataset: map-style; ``__getitems__(ids)`` may return a whole batch.
         plan: cuts the dataset into steps and slices.
         device: where the batches go.
-        num_workers: processes that load data.
     """
 
-    def __init__(self, dataset: Any, plan: Plan, device: torch.device, num_workers: int) -> None:
-        self.dataset = DatasetWithIds(dataset)
-        self.sampler: GlobalBatchSampler = plan.sampler()
+    def __init__(self, dataset: Any, plan: Plan, device: torch.device) -> None:
+        self._dataset, self._plan, self._device = DatasetWithIds(dataset), plan, device
+        self._sampler: GlobalBatchSampler = plan.sampler()
         self.own_positions: Ids = plan.own_positions()
         """Positions ``(local batch,)`` of this rank's slice within a micro-step's batch."""
-        self.direct = self._without_loader(dataset, device, num_workers)
+        workers = plan.config.num_workers
+        self.loader: Any = build_loader(self._dataset, self._sampler, num_workers=workers, seed=plan.seed)
+        """Loads the batches of all ranks; to be replaced by what Accelerate makes of it for this one."""
+        # In one process on a CPU there is nothing to copy and nothing to overlap.
+        direct = dataset if device.type == "cpu" and not workers else copy_to_device(dataset, device)
+        self.direct = None if direct is None else DatasetWithIds(direct)
         """Serves batches without a DataLoader; None where one is needed."""
-        self._plan, self._device = plan, device
 
-    def _without_loader(self, dataset: Any, device: torch.device, num_workers: int) -> DatasetWithIds | None:
-        if device.type == "cpu":
-            # In one process on a CPU there is nothing to copy and nothing to overlap.
-            return None if num_workers else self.dataset
-        on_device = copy_to_device(dataset, device)
-        return None if on_device is None else DatasetWithIds(on_device)
-
-    def of_epoch(self, loader: Any, epoch: int, micro_step: int) -> Generator[tuple[Ids, Any], None, None]:
+    def of_epoch(self, epoch: int, micro_step: int) -> Generator[tuple[Ids, Any], None, None]:
         """Yield ``(ids, batch)`` of an epoch's micro-steps.
 
         Args:
-            loader: the prepared DataLoader over :attr:`sampler`.
             epoch: counted from 0.
             micro_step: the first one, counted from 0 within the epoch.
         """
-        self.sampler.seek(epoch, micro_step)
+        self._sampler.seek(epoch, micro_step)
         if self.direct is None:
-            yield from loader
+            yield from self.loader
             return
-        for ids in loader.batch_sampler:
+        for ids in self.loader.batch_sampler:
             yield self.direct.__getitems__(ids)
 
     def one(self, epoch: int, micro_step: int) -> Any:
         """Return this rank's slice of one micro-step's batch; the loader does not move."""
         sampler = self._plan.sampler()
         sampler.seek(epoch, micro_step)
-        _, batch = self.dataset.__getitems__(next(iter(sampler))[self.own_positions])
+        _, batch = self._dataset.__getitems__(next(iter(sampler))[self.own_positions])
         return send_to_device(batch, self._device)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import nn
 
@@ -18,7 +17,7 @@ from accel_train.process.fault_points import EVALUATION_BEGUN
 from accel_train.process.work import StopCheck
 from accel_train.ranks.coordinator import Coordinator
 from accel_train.training.callbacks import LoopState
-from accel_train.training.losses import count_targets
+from accel_train.training.losses import LossFunction, count_targets
 from accel_train.training.plan import Plan
 
 Evaluator = Callable[[nn.Module, LoopState, StopCheck], dict[str, Any]]
@@ -26,7 +25,6 @@ Evaluator = Callable[[nn.Module, LoopState, StopCheck], dict[str, Any]]
 model; returns JSON values. ``"passed": True`` marks the checkpoint to keep, ``"stop": True`` ends
 training, ``"samples"`` are handed to the callbacks and not kept in the state. The training's random
 states are put back after it."""
-Losses = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -44,11 +42,7 @@ class Share:
 
 
 def mean_loss(
-    model: nn.Module,
-    dataset: DatasetWithIds,
-    loss_fn: Callable[[nn.Module, Any], torch.Tensor],
-    device: torch.device,
-    share: Share,
+    model: nn.Module, dataset: DatasetWithIds, loss_fn: LossFunction, device: torch.device, share: Share
 ) -> float:
     """Return the mean loss per target over all of ``dataset``, in evaluation mode, each target counted once.
 
@@ -87,38 +81,31 @@ def mean_loss(
     return float(sum(part for part, _ in sums) / max(sum(count for _, count in sums), 1))
 
 
+@dataclass(frozen=True)
 class Evaluation:
-    """Evaluates the model of a trainer.
+    """Evaluates the model of a trainer; false if there is nothing to evaluate."""
 
-    Args:
-        evaluate: see :data:`Evaluator`; None: losses only.
-        validation: held-out datasets by name.
-        loss_fn: ``loss_fn(model, batch)`` returns the mean over the batch's targets.
-        plan: gives rank, number of ranks and batch size.
-        accelerator: gives the device.
-        coordinator: agreement between the ranks.
-        reached: called with every fault point.
-    """
-
-    def __init__(
-        self,
-        evaluate: Evaluator | None,
-        validation: Mapping[str, Any],
-        *,
-        loss_fn: Callable[[nn.Module, Any], torch.Tensor],
-        plan: Plan,
-        accelerator: Accelerator,
-        coordinator: Coordinator,
-        reached: Callable[[str], None],
-    ) -> None:
-        self._evaluate, self._loss_fn, self._plan = evaluate, loss_fn, plan
-        self._validation = {name: DatasetWithIds(dataset) for name, dataset in validation.items()}
-        self._device, self._coordinator, self._reached = accelerator.device, coordinator, reached
+    evaluate: Evaluator | None
+    """None: losses only."""
+    validation: Mapping[str, Any]
+    """Held-out datasets by name."""
+    loss_fn: LossFunction
+    """Returns the mean over a batch's targets."""
+    plan: Plan
+    """Gives rank, number of ranks and batch size."""
+    device: torch.device
+    """Where the batches go."""
+    coordinator: Coordinator
+    """Agreement between the ranks."""
+    reached: Callable[[str], None]
+    """Called with every fault point."""
 
     def __bool__(self) -> bool:
-        return self._evaluate is not None or bool(self._validation)
+        return self.evaluate is not None or bool(self.validation)
 
-    def losses(self, model: nn.Module, leave_if_asked: Callable[[], None], leave: Callable[[], object]) -> Losses:
+    def losses(
+        self, model: nn.Module, leave_if_asked: Callable[[], None], leave: Callable[[], None]
+    ) -> dict[str, float]:
         """Return the mean loss on every validation dataset, on every rank.
 
         Args:
@@ -128,15 +115,15 @@ class Evaluation:
         """
 
         def gather(sums: Any) -> list[Any]:
-            if self._coordinator.drain():
+            if self.coordinator.drain():
                 leave()
-            return self._coordinator.gather("validation loss", sums)
+            return self.coordinator.gather("validation loss", sums)
 
-        plan = self._plan
+        plan = self.plan
         share = Share(plan.micro_batch, plan.rank, plan.world_size, leave_if_asked, gather)
         return {
-            name: mean_loss(model, dataset, self._loss_fn, self._device, share)
-            for name, dataset in self._validation.items()
+            name: mean_loss(model, DatasetWithIds(dataset), self.loss_fn, self.device, share)
+            for name, dataset in self.validation.items()
         }
 
     def verdict(self, model: nn.Module, state: LoopState) -> dict[str, Any]:
@@ -150,17 +137,17 @@ class Evaluation:
             Interrupted: a rank was asked to stop.
             TypeError: the evaluator returned no dictionary.
         """
-        evaluate = self._evaluate
+        evaluate = self.evaluate
         if evaluate is None:
             return {}
 
         def judge(should_stop: StopCheck) -> dict[str, Any]:
-            self._reached(EVALUATION_BEGUN)
+            self.reached(EVALUATION_BEGUN)
             # On the main process alone: what it drew here would set its dropout apart from an undisturbed run's.
-            with preserved_random_state(self._device):
+            with preserved_random_state(self.device):
                 verdict = evaluate(model, state, should_stop)
             if not isinstance(verdict, dict):
                 raise TypeError(f"evaluate() must return a dictionary of JSON values, not {type(verdict).__name__}")
             return verdict
 
-        return dict(self._coordinator.main_phase("evaluation", judge))
+        return dict(self.coordinator.main_phase("evaluation", judge))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,10 +77,6 @@ FORWARD_HOOKS: dict[str, Callable[[nn.Module], ForwardHook]] = {"activation_stat
 UPDATE_HOOKS: dict[str, Callable[[nn.Module], UpdateHook]] = {"identity": identity}
 
 
-ModuleHook = Callable[[nn.Module, Any, Any], None]
-"""What ``nn.Module.register_forward_hook`` takes: called with the module, its inputs and its output."""
-
-
 class Hooks:
     """The hooks of one run, attached to its model; false if there are none.
 
@@ -95,8 +91,7 @@ class Hooks:
 
     def __init__(self, model: nn.Module, forward: Mapping[str, ForwardHook], update: Mapping[str, UpdateHook]) -> None:
         self.names: tuple[str, ...] = (*forward, *update)
-        self._forward = dict(forward)
-        self._update = dict(update)
+        self._forward, self._update = dict(forward), dict(update)
         # By order and not by identity: wrappers such as FSDP put other parameter objects in place.
         self._parameter_names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -105,8 +100,7 @@ class Hooks:
             if not selected:
                 rule = f"finds nothing to observe in a {type(model).__name__}; switch it off, or let it select modules"
                 raise ConfigError("hooks.forward", hook_name, rule)
-            for name, module in selected:
-                self._handles.append(module.register_forward_hook(_module_hook(hook_name, hook, name)))
+            self._handles += [m.register_forward_hook(_module_hook(hook_name, hook, name)) for name, m in selected]
 
     def __bool__(self) -> bool:
         return bool(self.names)
@@ -136,19 +130,18 @@ class Hooks:
             self._handles.pop().remove()
 
 
-def _module_hook(hook_name: str, hook: ForwardHook, module_name: str) -> ModuleHook:
-    def observe(module: nn.Module, _inputs: Any, output: Any) -> None:
-        if not module.training:
-            return
-        versions = _versions(output)
-        with torch.no_grad():
-            hook.observe(module_name, output)
-        if _versions(output) != versions:
-            raise RuntimeError(
-                f"forward hook {hook_name!r} changed the output of {module_name!r}; let it write to a copy"
-            )
+def _module_hook(hook_name: str, hook: ForwardHook, name: str) -> Callable[[nn.Module, Any, Any], None]:
+    """Return what ``register_forward_hook`` of module ``name`` takes."""
 
-    return cast(ModuleHook, torch.compiler.disable(observe))  # type: ignore[no-untyped-call]
+    def observe(module: nn.Module, _inputs: Any, output: Any) -> None:
+        if module.training:
+            versions = _versions(output)
+            with torch.no_grad():
+                hook.observe(name, output)
+            if _versions(output) != versions:
+                raise RuntimeError(f"forward hook {hook_name!r} changed the output of {name!r}; let it write to a copy")
+
+    return torch.compiler.disable(observe)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _versions(output: Any) -> list[int]:
@@ -167,9 +160,8 @@ def build_hooks(config: HooksConfig, model: nn.Module) -> Hooks:
     update = {name: _build("hooks.update", name, UPDATE_HOOKS, model) for name in config.update}
     for name, hook in forward.items():
         if not isinstance(hook, ForwardHook):
-            rule = (
-                f"makes a {type(hook).__name__}, which is no {ForwardHook.__module__}.ForwardHook; derive it from that"
-            )
+            base = f"{ForwardHook.__module__}.ForwardHook"
+            rule = f"makes a {type(hook).__name__}, which is no {base}; derive it from that"
             raise ConfigError("hooks.forward", name, rule)
     for name, hook in update.items():
         if not callable(hook):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from accel_train.data.permutation import fingerprint_terms
 
@@ -21,25 +22,20 @@ class LossBuffer:
     Args:
         capacity: micro-steps between two collections at most.
         accumulation: micro-steps per step.
-        world_size: number of ranks.
+        ranks: number of ranks.
         gather: concatenates a tensor over the ranks, in rank order.
         device: where the losses are computed.
     """
 
     def __init__(
-        self,
-        capacity: int,
-        accumulation: int,
-        world_size: int,
-        gather: Callable[[torch.Tensor], torch.Tensor],
-        device: torch.device,
+        self, capacity: int, accumulation: int, ranks: int, gather: Callable[[Tensor], Tensor], device: torch.device
     ) -> None:
-        self._accumulation, self._world_size, self._gather = accumulation, world_size, gather
+        self._accumulation, self._ranks, self._gather = accumulation, ranks, gather
         self._losses = torch.zeros(capacity, dtype=torch.float32, device=device)
         self._recorded = 0
         self._consumed: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
 
-    def add(self, loss: torch.Tensor, positions: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> None:
+    def add(self, loss: Tensor, positions: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> None:
         """Add one micro-step of this rank; nothing is hashed before :meth:`collect`.
 
         Args:
@@ -60,22 +56,18 @@ class LossBuffer:
             return [], 0
         losses = self._losses[: self._recorded]
         positions, ids = (np.concatenate(arrays) for arrays in zip(*self._consumed, strict=True))
-        terms = torch.tensor([_as_signed(fingerprint_terms(positions, ids))], device=losses.device)
-        if self._world_size > 1:
+        # The same 64 bits as a signed integer, which every backend can gather.
+        term = np.array([fingerprint_terms(positions, ids)], dtype=np.uint64).view(np.int64)
+        terms = torch.from_numpy(term).to(losses.device)
+        if self._ranks > 1:
             losses, terms = self._gather(losses), self._gather(terms)
-        table = losses.cpu().numpy().astype(np.float64).reshape(self._world_size, -1, self._accumulation)
+        table = losses.cpu().numpy().astype(np.float64).reshape(self._ranks, -1, self._accumulation)
         # Summed in rank order on the host: the order inside an all-reduce depends on its length.
         per_step = np.zeros(table.shape[1])
-        for rank in range(self._world_size):
+        for rank in range(self._ranks):
             for micro_step in range(self._accumulation):
                 per_step += table[rank, :, micro_step]
-        per_step /= self._world_size * self._accumulation
+        per_step /= self._ranks * self._accumulation
         self._recorded = 0
         self._consumed.clear()
-        return per_step.tolist(), sum(int(term) for term in terms.tolist()) % 2**64
-
-
-def _as_signed(value: int) -> int:
-    """Return the same 64 bits as a signed integer, which torch can hold."""
-    value %= 2**64
-    return value - 2**64 if value >= 2**63 else value
+        return per_step.tolist(), sum(terms.tolist()) % 2**64

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from accel_train.model.kernels.cross_entropy import IGNORED
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+"""``loss_fn(model, batch)`` returns a scalar mean over the batch's targets."""
 
 
 def next_token_cross_entropy(model: nn.Module, batch: Any) -> Tensor:

@@ -10,14 +10,11 @@ from torch import nn
 
 from accel_train.errors import NonFinite
 from accel_train.ranks.coordinator import Coordinator
+from accel_train.training.losses import LossFunction
 
 
 def replay(
-    step: int,
-    model: nn.Module,
-    batches: Iterable[Any],
-    loss_fn: Callable[[nn.Module, Any], torch.Tensor],
-    coordinator: Coordinator,
+    step: int, model: nn.Module, batches: Iterable[Any], loss_fn: LossFunction, coordinator: Coordinator
 ) -> NonFinite:
     """Replay the batch of a step that is not finite on every rank, and return the error that names what is not.
 
@@ -28,9 +25,8 @@ def replay(
         loss_fn: ``loss_fn(model, batch)`` returns the loss.
         coordinator: gathers what the ranks found.
     """
-    finding: str | None = None
-    for batch in batches:
-        finding = finding or first_bad_tensor(model, batch, loss_fn)
+    found = (first_bad_tensor(model, batch, loss_fn) for batch in batches)
+    finding = next((name for name in found if name), None)
     findings = coordinator.gather("diagnosis of a non-finite loss", finding)
     rank, first = next(((r, f) for r, f in enumerate(findings) if f), (0, None))
     return NonFinite(step, f"{first} on rank {rank}" if first else "nothing non-finite in a replay of its batch")
@@ -38,12 +34,11 @@ def replay(
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out, on any device: torch raises a plain ``RuntimeError`` on the CPU."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return on_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
-def first_bad_tensor(model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], torch.Tensor]) -> str | None:
+def first_bad_tensor(model: nn.Module, batch: Any, loss_fn: LossFunction) -> str | None:
     """Return the name of the first non-finite parameter, else activation, else loss, else gradient.
 
     Args:

@@ -1,7 +1,8 @@
-"""How a run is cut into epochs, steps, micro-steps and slices of ranks: pure functions of the configuration."""
+"""How a run is cut into epochs, steps, micro-steps and slices of ranks, and its learning rate: pure functions."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,35 @@ import numpy.typing as npt
 from accel_train.config.sections import TrainingConfig
 from accel_train.data.permutation import GlobalBatchSampler
 from accel_train.errors import ConfigError
-from accel_train.training.optimizer import cosine_with_warmup, warmup_steps
+
+Ids = npt.NDArray[np.int64]
+
+
+def cosine_with_warmup(step: int, warmup_steps: int, total_steps: int, min_lr_ratio: float = 0.1) -> float:
+    """Return the factor on the peak learning rate for step ``step`` (counted from 0).
+
+    Linear warm-up ``(step + 1) / warmup_steps``, so that the first step already learns; half a
+    cosine (Loshchilov and Hutter 2017) from the peak at ``warmup_steps`` down to ``min_lr_ratio``
+    in the last step, ``total_steps - 1``, where it stays.
+
+    Args:
+        step: number of steps done.
+        warmup_steps: steps of the warm-up; 0 starts at the peak.
+        total_steps: steps of the whole run.
+        min_lr_ratio: final factor.
+
+    Returns:
+        A factor in ``(0, 1]``, or ``min_lr_ratio`` where that is 0.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = min((step - warmup_steps) / max(total_steps - 1 - warmup_steps, 1), 1.0)
+    return min_lr_ratio + (1.0 - min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
+    """Return the warm-up's steps: ``config.warmup_steps`` if set, else ``config.warmup_ratio`` of the run, rounded."""
+    return round(config.warmup_ratio * total_steps) if config.warmup_steps is None else config.warmup_steps
 
 
 @dataclass(frozen=True)
@@ -30,11 +59,8 @@ class Plan:
     def __post_init__(self) -> None:
         self.config.check_world_size(self.world_size)
         if self.steps_per_epoch == 0:
-            raise ConfigError(
-                "training.batch_size",
-                self.config.batch_size,
-                f"is larger than the dataset of {self.samples} samples; use a smaller batch or more data",
-            )
+            rule = f"is larger than the dataset of {self.samples} samples; use a smaller batch or more data"
+            raise ConfigError("training.batch_size", self.config.batch_size, rule)
 
     @property
     def accumulation(self) -> int:
@@ -57,7 +83,7 @@ class Plan:
         budget = self.config.max_epochs * self.steps_per_epoch
         return budget if self.config.max_steps == -1 else min(budget, self.config.max_steps)
 
-    def own_positions(self) -> npt.NDArray[np.int64]:
+    def own_positions(self) -> Ids:
         """Return the positions ``(local batch,)`` of this rank's slice within a micro-step's batch."""
         local = self.micro_batch // self.world_size
         return self.rank * local + np.arange(local, dtype=np.int64)

@@ -54,11 +54,8 @@ class Progress(Callback):
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {line['loss']:.4f}, lr {line['lr']:.2e}", refresh=False)
         elif not self._bars:
-            say(
-                "training",
-                f"epoch {_place(state)}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  "
-                f"grad norm {line['grad_norm']:.3f}  {line['tokens_per_second']:,.0f} tokens/s",
-            )
+            rates = f"grad norm {line['grad_norm']:.3f}  {line['tokens_per_second']:,.0f} tokens/s"
+            say("training", f"epoch {_place(state)}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  {rates}")
 
     def on_evaluate(self, state: LoopState, evaluation: dict[str, Any]) -> None:
         """Keep the figures for the summary line."""
@@ -69,13 +66,8 @@ class Progress(Callback):
         self.close()
         loss = self._last.get("loss", state.loss)
         now = time.perf_counter()
-        parts = [
-            _place(state),
-            f"loss {loss:.4f}",
-            *_verdict(self._evaluation, self._headline),
-            f"{now - self._epoch_began:.1f} s",
-        ]
-        say("epoch", "  ".join(parts))
+        parts = [_place(state), f"loss {loss:.4f}", *_verdict(self._evaluation, self._headline)]
+        say("epoch", "  ".join([*parts, f"{now - self._epoch_began:.1f} s"]))
         self._last, self._evaluation, self._epoch_began = {}, {}, now
 
     def on_train_end(self, state: LoopState) -> None:
@@ -91,15 +83,9 @@ class Progress(Callback):
     def _open_bar(self, state: LoopState) -> tqdm[Any]:
         """The bar of the epoch that the last step belongs to, as it stood before that step."""
         before = (state.step - 1) // state.steps_per_epoch * state.steps_per_epoch
-        return tqdm(
-            desc=f"epoch {_epoch(state)}",
-            total=min(state.steps_per_epoch, state.total_steps - before),
-            initial=state.step - 1 - before,
-            unit="step",
-            leave=False,
-            file=sys.stderr,
-            dynamic_ncols=True,
-        )
+        total, done = min(state.steps_per_epoch, state.total_steps - before), state.step - 1 - before
+        shown = f"epoch {_epoch(state)}"
+        return tqdm(desc=shown, total=total, initial=done, unit="step", leave=False, dynamic_ncols=True)
 
 
 def _epoch(state: LoopState) -> str:

@@ -19,15 +19,15 @@ from accel_train.checkpoints.random_states import preserved_random_state
 from accel_train.model.cuda_graph import capture
 
 Outputs = tuple[Tensor, Tensor]
-Step = Callable[[Any], Outputs]
-"""``step(batch)`` computes a step and returns its loss and gradient norm, scalars on the device."""
+"""Loss and gradient norm of a step, scalars on the device."""
 
 
 class RecordedStep:
     """Records a step and replays it.
 
     Args:
-        step: never waits for the device, and finds weights and optimizer state at the same addresses every time.
+        step: ``step(batch)`` computes a step. It never waits for the device, and finds weights and optimizer state
+            at the same addresses every time.
         batch: any batch, on the device. Batches of other shapes are computed kernel by kernel.
         set_frozen: ``set_frozen(True)`` makes ``step`` leave weights and optimizer state as they are.
 
@@ -36,7 +36,7 @@ class RecordedStep:
             weights and optimizer state are as before.
     """
 
-    def __init__(self, step: Step, batch: Any, set_frozen: Callable[[bool], object]) -> None:
+    def __init__(self, step: Callable[[Any], Outputs], batch: Any, set_frozen: Callable[[bool], object]) -> None:
         self._step = step
         self._inputs = recursively_apply(torch.clone, batch)
         self._places = _tensors(self._inputs)
@@ -62,15 +62,14 @@ class RecordedStep:
 
 def why_not(accelerator: Accelerator, *, hooks: bool) -> str | None:
     """Return why the step of a run on a GPU cannot be recorded, or None if it can."""
-    dynamo = getattr(accelerator.state, "dynamo_plugin", None)
+    compiler_mode = getattr(getattr(accelerator.state, "dynamo_plugin", None), "mode", None)
     reasons = {
         "several processes": accelerator.num_processes > 1,
         "fp16's loss scaling": accelerator.scaler is not None,
         "gradient accumulation": accelerator.gradient_accumulation_steps > 1,
         "hooks": hooks,
         # It makes graphs of its own.
-        f"the compiler's mode {getattr(dynamo, 'mode', None)!r}": getattr(dynamo, "mode", None)
-        in {"reduce-overhead", "max-autotune"},
+        f"the compiler's mode {compiler_mode!r}": compiler_mode in {"reduce-overhead", "max-autotune"},
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 

@@ -25,7 +25,7 @@ from accel_train.checkpoints.random_states import derive_rank_seed
 from accel_train.checkpoints.state import TrainingState
 from accel_train.config.fields import result_values
 from accel_train.config.sections import CheckpointConfig, TrainingConfig
-from accel_train.data.loader import build_loader, count_tokens
+from accel_train.data.loader import count_tokens
 from accel_train.errors import Interrupted, LostPeer, NonFinite, PeerFailed, Preempted
 from accel_train.files.atomic import sha256_json
 from accel_train.process.fault_points import STEP_DONE
@@ -37,17 +37,15 @@ from accel_train.ranks.coordinator import Coordinator
 from accel_train.ranks.store import first_line, is_lost_peer
 from accel_train.training.batches import Batches
 from accel_train.training.callbacks import Callback, LoopState, overriding
-from accel_train.training.commits import Commits
+from accel_train.training.commits import Commits, note_resume
 from accel_train.training.evaluation import Evaluation, Evaluator
 from accel_train.training.hooks import Hooks
 from accel_train.training.loss_buffer import LossBuffer
-from accel_train.training.losses import next_token_cross_entropy
+from accel_train.training.losses import LossFunction, next_token_cross_entropy
 from accel_train.training.non_finite import replay
-from accel_train.training.optimizer import build_optimizer
 from accel_train.training.plan import Plan
-from accel_train.training.resuming import note_resume
 from accel_train.training.services import Services
-from accel_train.training.step import LossFunction, Outcome, Step
+from accel_train.training.step import Outcome, Step, build_optimizer
 
 
 class Trainer:
@@ -101,30 +99,18 @@ class Trainer:
         self.seed = seed
         self.accelerator = accelerator or build_accelerator(self.config)
         check_accelerator(self.accelerator, self.config)
-        services = services or Services()
-        self.state = TrainingState()
-        self.tokens_at_start = 0
-        self.clock = Stopwatch()
+        self.state, self.clock, self.tokens_at_start = TrainingState(), Stopwatch(), 0
+        self._services = services = services or Services()
         self._handles_signals = services.coordinator is None and run_dir is not None
-        self._coordinator = services.coordinator or Coordinator(StopSignal(), self.config.timeout_seconds)
-        self._stop = self._coordinator.stop
-        self._loss_fn, self._hooks, self._reached = loss_fn, hooks, services.reached
-        self._data_digests = dict(services.data_digests)
-        self._callbacks = tuple(callbacks)
+        self._coordinator = coordinator = services.coordinator or Coordinator(StopSignal(), self.config.timeout_seconds)
+        self._loss_fn, self._hooks, self._callbacks = loss_fn, hooks or Hooks(model, {}, {}), tuple(callbacks)
         self._on_step_end = overriding(self._callbacks, "on_step_end")
-        rank, world_size = self._coordinator.rank, self._coordinator.world_size
-        self.plan = plan = Plan(self.config, len(dataset), world_size, rank, seed)
+        self.plan = plan = Plan(self.config, len(dataset), coordinator.world_size, coordinator.rank, seed)
         self.loop_state = LoopState(
             total_steps=plan.total_steps, steps_per_epoch=plan.steps_per_epoch, schedule=plan.learning_rate
         )
         self._evaluation = Evaluation(
-            evaluate,
-            validation or {},
-            loss_fn=loss_fn,
-            plan=plan,
-            accelerator=self.accelerator,
-            coordinator=self._coordinator,
-            reached=services.reached,
+            evaluate, validation or {}, loss_fn, plan, self.accelerator.device, coordinator, services.reached
         )
         self._prepare(model, dataset)
         checkpointer: Checkpointer | None = None
@@ -133,7 +119,7 @@ class Trainer:
             checkpointer = Checkpointer(
                 Path(run_dir) / "checkpoints",
                 self.accelerator,
-                self._coordinator,
+                coordinator,
                 self.checkpoint_config,
                 config_hash=services.config_hash or sha256_json(identity),
                 seed=seed,
@@ -146,26 +132,21 @@ class Trainer:
 
     def _prepare(self, model: nn.Module, dataset: Any) -> None:
         config, plan, device = self.config, self.plan, self.accelerator.device
-        self._batches = Batches(dataset, plan, device, config.num_workers)
-        loader = build_loader(
-            self._batches.dataset, self._batches.sampler, num_workers=config.num_workers, seed=self.seed
-        )
+        self._batches = batches = Batches(dataset, plan, device)
         optimizer = build_optimizer(model, config, device)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.lr_factor)
-        prepared = self.accelerator.prepare(model, optimizer, scheduler, loader)
-        self.model, self._optimizer, self._scheduler, self._loader = prepared
+        prepared = self.accelerator.prepare(model, optimizer, scheduler, batches.loader)
+        self.model, self._optimizer, self._scheduler, batches.loader = prepared
         self._step = Step(self.accelerator, *prepared[:3], loss_fn=self._loss_fn, config=config, hooks=self._hooks)
         capacity = (config.log_interval + 1) * plan.accumulation
         self._losses = LossBuffer(capacity, plan.accumulation, plan.world_size, self.accelerator.gather, device)
-        self._position = 0
 
     # -- the run ---------------------------------------------------------------------------
 
     @property
     def unwrapped_model(self) -> nn.Module:
         """The model without Accelerate's and DDP's wrappers."""
-        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        return model
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)  # type: ignore[no-any-return]
 
     def fit(self) -> TrainingState:
         """Train to the end of the budget or until the evaluator stops, resuming from the run directory.
@@ -176,7 +157,7 @@ class Trainer:
             LostPeer: another rank is gone.
             CheckpointError: no usable checkpoint although there are some.
         """
-        with self._stop.installed() if self._handles_signals else nullcontext():
+        with self._coordinator.stop.installed() if self._handles_signals else nullcontext():
             try:
                 with self.clock.timed("start"):
                     self._start()
@@ -200,8 +181,7 @@ class Trainer:
                 raise
             finally:
                 self._commits.close()
-                if self._hooks is not None:
-                    self._hooks.close()
+                self._hooks.close()
         return self.state
 
     def _start(self) -> None:
@@ -211,20 +191,18 @@ class Trainer:
         if self.plan.world_size > 1:
             batch = self._batches.one(0, 0)
             warm_up_buckets(self.model, lambda: self._step.throwaway_backward(batch))
+        in_force, here, data = arithmetic(self.accelerator), machine(self.accelerator), self._services.data_digests
         restored = self._commits.load()
-        in_force, here = arithmetic(self.accelerator), machine(self.accelerator)
+        self.state = restored or TrainingState(arithmetic=in_force, machine=here, data=dict(data))
         if restored is None:
-            self.state = TrainingState(arithmetic=in_force, machine=here, data=self._data_digests)
             # Dropout must differ between ranks; weights are already equal.
             set_seed(derive_rank_seed(self.seed, 0, self._coordinator.rank))
         else:
-            self.state = restored
-            note_resume(restored, in_force, here, self._data_digests)
+            note_resume(restored, in_force, here, data)
         self.tokens_at_start = self.state.tokens_seen
         self.state.world_sizes.append(self.plan.world_size)
         self.loop_state.step, self.loop_state.epoch = self.state.step, self.state.epoch
         self.loop_state.skipped_steps = self.state.skipped_steps
-        self._position = self.plan.first_position(self.state.epoch, self.state.step_in_epoch)
 
     def _train(self) -> None:
         state = self.state
@@ -242,20 +220,22 @@ class Trainer:
     def _run_epoch(self) -> None:
         """Train to the end of the epoch or of the budget, or until an evaluation stops training."""
         step, state, loop, plan = self._step, self.state, self.loop_state, self.plan
+        position = plan.first_position(state.epoch, state.step_in_epoch)
         first = state.step_in_epoch * plan.accumulation
         # Closed even when training ends in between: its workers then leave by themselves.
-        with closing(self._batches.of_epoch(self._loader, state.epoch, first)) as batches:
+        with closing(self._batches.of_epoch(state.epoch, first)) as batches:
             for ids, batch in batches:
                 loss = step.micro_step(batch)
-                self._losses.add(loss, self._position + self._batches.own_positions, ids)
-                self._position += plan.micro_batch
+                self._losses.add(loss, position + self._batches.own_positions, ids)
+                position += plan.micro_batch
                 state.tokens_seen += count_tokens(batch) * plan.world_size
                 if not step.is_complete:
                     continue
                 outcome = step.update(loss, state.step)
                 loop.observe(loss, step.grad_norm)
                 if outcome is Outcome.NOT_FINITE:
-                    raise self._stopped_here()
+                    state.train_loss += self._losses.collect()[0]
+                    raise self._stopped_at(state.step)
                 if outcome is Outcome.SKIPPED:
                     state.skipped_steps += 1
                     loop.skipped_steps = state.skipped_steps
@@ -272,7 +252,7 @@ class Trainer:
         state.step += 1
         state.step_in_epoch += 1
         loop.step = state.step
-        self._reached(STEP_DONE)
+        self._services.reached(STEP_DONE)
         for call in self._on_step_end:
             call(loop)
         if state.step % config.log_interval == 0:
@@ -345,7 +325,7 @@ class Trainer:
     def _preempt(self) -> NoReturn:
         self._commit()
         self._commits.settle()
-        raise Preempted(self.state.step, self._stop.signal_name or "a signal to another rank")
+        raise Preempted(self.state.step, self._coordinator.stop.signal_name or "a signal to another rank")
 
     # -- losses and logs -------------------------------------------------------------------
 
@@ -377,19 +357,12 @@ class Trainer:
             "tokens_seen": state.tokens_seen,
             "tokens_per_second": self._rate.since_last(state.tokens_seen),
         }
-        if self._hooks:
-            line.update(self._hooks.scalars())
+        line |= self._hooks.scalars()
         for callback in self._callbacks:
             callback.on_log(loop, line)
 
-    def _stopped_here(self) -> NonFinite:
-        """Return the error of the step in progress, see :meth:`_stopped_at`; a collective."""
-        losses, _ = self._losses.collect()
-        self.state.train_loss.extend(losses)
-        return self._stopped_at(self.state.step)
-
     def _stopped_at(self, step: int) -> NonFinite:
-        """Return the error of update ``step`` (0-based), which a replay of its batch on every rank explains."""
+        """Return the error of update ``step`` (0-based), which a replay on every rank explains; a collective."""
         # Losses from there on belong to no update: they were computed from weights that stood still.
         del self.state.train_loss[step:]
         self.state.step = step

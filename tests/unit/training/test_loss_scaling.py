@@ -13,7 +13,6 @@ from accel_train.ranks.accelerator import build_accelerator
 from accel_train.training.callbacks import Callback
 from accel_train.training.hooks import Hooks
 from accel_train.training.trainer import Trainer
-from accel_train.training.update import Updater
 
 CONFIG = TrainingConfig(max_epochs=3, batch_size=8, learning_rate=1e-2, log_interval=3)
 OVERFLOWS = {4, 9}
@@ -55,7 +54,7 @@ def test_an_overflow_is_a_skipped_step_and_the_schedule_waits(tiny_model, tiny_d
     model = tiny_model()
     overflow, watch = Overflow(model), Watch(model)
     trainer = overflow.trainer = scaling_trainer(model, tiny_dataset(), callbacks=[watch])
-    assert type(trainer._step.updater) is Updater
+    assert not trainer._step.is_direct
     state = trainer.fit()
     assert (state.step, state.skipped_steps) == (15, 2)
     still = [step for step in range(2, 16) if torch.equal(watch.weights[step - 1], watch.weights[step - 2])]

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
+from rank_processes import finish, start_ranks
 from torch import nn
 
 from accel_train.config.sections import TrainingConfig
+from accel_train.data.permutation import GlobalBatchSampler
 from accel_train.ranks.accelerator import build_accelerator
+from accel_train.training import step as step_module
 from accel_train.training.hooks import Hooks
 from accel_train.training.losses import next_token_cross_entropy
-from accel_train.training.optimizer import build_optimizer, cosine_with_warmup
-from accel_train.training.step import Outcome, Step
+from accel_train.training.plan import cosine_with_warmup
+from accel_train.training.step import Outcome, Step, build_optimizer
+from accel_train.training.trainer import Trainer
 
 STEPS = 5
 
@@ -27,8 +33,8 @@ def step_of(model: nn.Module, config: TrainingConfig, **options) -> Step:
     optimizer = build_optimizer(model, config, torch.device("cpu"))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     prepared = accelerator.prepare(model, optimizer, scheduler)
-    loss_fn = options.pop("loss_fn", next_token_cross_entropy)
-    return Step(accelerator, *prepared, loss_fn=loss_fn, config=config, hooks=options.pop("hooks", None))
+    options = {"loss_fn": next_token_cross_entropy, "hooks": Hooks(model, {}, {})} | options
+    return Step(accelerator, *prepared, config=config, **options)
 
 
 def batches(dataset, count: int, size: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -119,3 +125,91 @@ def test_a_throwaway_backward_changes_nothing(tiny_model, tiny_dataset):
 
 def test_the_host_knows_of_every_update_on_a_cpu(tiny_model):
     assert step_of(tiny_model(), TrainingConfig(batch_size=4)).updates_made() is None
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_past_the_wrappers_and_through_them_weights_are_the_same(tiny_model, tiny_dataset, monkeypatch, accumulation):
+    config = TrainingConfig(max_epochs=2, batch_size=8, gradient_accumulation_steps=accumulation, learning_rate=1e-2)
+    one, other = tiny_model(dropout=0.2), tiny_model(dropout=0.2)
+    direct = Trainer(one, tiny_dataset(), config)
+    monkeypatch.setattr(step_module, "wrappers_add_nothing", lambda accelerator: False)
+    wrapped = Trainer(other, tiny_dataset(), config)
+    assert (direct._step.is_direct, wrapped._step.is_direct) == (True, False)
+    assert direct.fit().train_loss == wrapped.fit().train_loss
+    assert bits(one) == bits(other)
+    assert direct._scheduler.state_dict() == wrapped._scheduler.state_dict()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4, 8])
+def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(tiny_model, tiny_dataset, accumulation):
+    """Against the whole batch in float64: the largest error is 1e-6 of the largest gradient."""
+    model, found = tiny_model(), {}
+
+    def grab(_step, gradients):
+        found.update({name: gradient.double().clone() for name, gradient in gradients.items()})
+
+    dataset = tiny_dataset()
+    config = TrainingConfig(max_steps=1, batch_size=8, gradient_accumulation_steps=accumulation)
+    trainer = Trainer(model, dataset, config, hooks=Hooks(model, {}, {"grab": grab}))
+    ids = next(iter(GlobalBatchSampler(len(dataset), 8, trainer.seed)))
+    reference = tiny_model().double()
+    next_token_cross_entropy(reference, (dataset.tokens[ids, :-1], dataset.tokens[ids, 1:])).backward()
+    trainer.fit()
+    for name, parameter in reference.named_parameters():
+        error = (found[name] - parameter.grad).abs().max() / parameter.grad.abs().max()
+        assert error < 1e-6, name
+
+
+def test_two_ranks_sum_their_gradients_in_the_last_micro_step_only():
+    body = """
+import hashlib, json, os
+import torch
+from accel_train.config.sections import TrainingConfig
+from accel_train.data.permutation import GlobalBatchSampler
+from accel_train.training.hooks import Hooks
+from accel_train.training.losses import next_token_cross_entropy
+from accel_train.training import step
+from accel_train.training.trainer import Trainer
+torch.manual_seed(0)
+tokens = torch.randint(0, 11, (40, 6))
+dataset = [(row[:-1], row[1:]) for row in tokens]
+config = TrainingConfig(max_epochs=1, batch_size=8, gradient_accumulation_steps=2)
+found = []
+add_nothing = step.wrappers_add_nothing
+for decides in (add_nothing, lambda accelerator: False):
+    step.wrappers_add_nothing = decides
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Embedding(11, 8), torch.nn.Linear(8, 11))
+    syncs = []
+    def loss_fn(model, batch):
+        syncs.append(model.require_backward_grad_sync)
+        return next_token_cross_entropy(model, batch)
+    trainer = Trainer(model, dataset, config, loss_fn=loss_fn)
+    assert trainer._step.is_direct is (decides is add_nothing)
+    trainer.fit()
+    digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in model.state_dict().values())).hexdigest()
+    found.append([digest, syncs[-10:]])
+print(json.dumps({"direct": found[0], "wrapped": found[1]}), flush=True)
+trainer.accelerator.end_training()
+"""
+    outputs = finish(start_ranks(body, 2, ACCELERATE_USE_CPU="true"))
+    for (output,) in outputs:
+        assert output["direct"] == output["wrapped"]
+        assert output["direct"][1] == [False, True] * 5
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize(
+    ("distributed_type", "scaler", "nothing"),
+    [
+        (DistributedType.NO, None, True),
+        (DistributedType.MULTI_CPU, None, True),
+        (DistributedType.MULTI_GPU, None, True),
+        (DistributedType.NO, object(), False),
+        (DistributedType.FSDP, None, False),
+        (DistributedType.DEEPSPEED, None, False),
+    ],
+)
+def test_wrappers_that_do_something_are_used(distributed_type, scaler, nothing):
+    accelerator = SimpleNamespace(distributed_type=distributed_type, scaler=scaler)
+    assert step_module.wrappers_add_nothing(accelerator) is nothing

@@ -19,7 +19,7 @@ from accel_train.errors import ConfigError, Interrupted, NonFinite, Preempted
 from accel_train.ranks.accelerator import build_accelerator
 from accel_train.training.callbacks import Callback
 from accel_train.training.losses import next_token_cross_entropy
-from accel_train.training.optimizer import cosine_with_warmup, warmup_steps
+from accel_train.training.plan import cosine_with_warmup, warmup_steps
 from accel_train.training.trainer import Trainer
 
 SMALL = TrainingConfig(max_epochs=3, batch_size=8, learning_rate=1e-2, log_interval=2)

@@ -8,7 +8,7 @@ import pytest
 
 from accel_train.checkpoints.state import TrainingState
 from accel_train.errors import CheckpointMismatch
-from accel_train.training.resuming import note_resume
+from accel_train.training.commits import note_resume
 
 ARITHMETIC = {"mixed_precision": "bf16", "compilation": "no", "sharding": "none"}
 MACHINE = {"device": "cpu", "torch": "2.6.0", "num_processes": 2}
@@ -23,7 +23,7 @@ def state():
 @pytest.fixture(autouse=True)
 def warnings(caplog):
     """The warnings so far, as a function."""
-    caplog.set_level(logging.INFO, logger="accel_train.training.resuming")
+    caplog.set_level(logging.INFO, logger="accel_train.training.commits")
     return lambda: [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
