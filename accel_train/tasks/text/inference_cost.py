@@ -98,7 +98,7 @@ def _lines(file: TextIO) -> list[str]:
     return file.read().strip().splitlines()
 
 
-def measure(checkpoint: Path, *, tokens: int = TIMED_TOKENS) -> InferenceCost:
+def measure(checkpoint: Path) -> InferenceCost:
     """Load ``checkpoint`` and generate, in this process."""
     values = yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8"))
     text, model_config = from_dict(values["text"], TextConfig), from_dict(values["model"], ModelConfig)
@@ -107,15 +107,10 @@ def measure(checkpoint: Path, *, tokens: int = TIMED_TOKENS) -> InferenceCost:
     model.load_state_dict(load_file(checkpoint / "model.safetensors"))
     prompt = tokenizer.encode(text.prompt)[-model_config.max_seq_len :]
     generator = torch.Generator().manual_seed(0)
-    seconds = []
-    before = 0.0
-    for number, _ in enumerate(stream(model, prompt, WARM_UP_TOKENS + tokens, generator=generator)):
-        now = time.perf_counter()
-        if number >= WARM_UP_TOKENS:
-            seconds.append(now - before)
-        before = now
-    p50, p95 = np.percentile(1e3 * np.array(seconds), [50, 95])
-    return InferenceCost(float(p50), float(p95), peak_rss_bytes() / 1e6, torch.get_num_threads(), tokens)
+    tokens = stream(model, prompt, WARM_UP_TOKENS + TIMED_TOKENS, generator=generator)
+    milliseconds = 1e3 * np.diff([time.perf_counter() for _ in tokens])[WARM_UP_TOKENS - 1 :]
+    p50, p95 = np.percentile(milliseconds, [50, 95])
+    return InferenceCost(float(p50), float(p95), peak_rss_bytes() / 1e6, torch.get_num_threads(), len(milliseconds))
 
 
 def peak_rss_bytes() -> int:

@@ -164,8 +164,7 @@ class Tokens:
         size = self.index.shard_tokens
         places = starts[:, None] + np.arange(length)
         if len(self._shards) == 1:
-            gathered: npt.NDArray[np.int64] = self._shards[0][places].astype(np.int64)
-            return gathered
+            return np.array(self._shards[0][places], dtype=np.int64)
         result = np.empty(places.shape, dtype=np.int64)
         shards = places // size
         for number in np.unique(shards):
