@@ -50,8 +50,7 @@ from accel_train.model.transformer import TransformerLM
 from accel_train.tasks.walks.compliance import Compliance, score
 from accel_train.tasks.walks.config import GraphConfig, RulesConfig
 from accel_train.tasks.walks.generator import generate_walks
-from accel_train.tasks.walks.graph import generate_graph
-from accel_train.tasks.walks.rules import designate_rules
+from accel_train.tasks.walks.graph import designate_rules, generate_graph
 
 Figures = dict[str, Any]
 

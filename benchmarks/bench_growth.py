@@ -25,8 +25,7 @@ from accel_train.tasks.text.tokens import write_tokens
 from accel_train.tasks.walks.compliance import score
 from accel_train.tasks.walks.config import GraphConfig, RulesConfig
 from accel_train.tasks.walks.generator import generate_walks
-from accel_train.tasks.walks.graph import generate_graph
-from accel_train.tasks.walks.rules import designate_rules
+from accel_train.tasks.walks.graph import designate_rules, generate_graph
 from accel_train.training.evaluation import Share, mean_loss
 from accel_train.training.losses import next_token_cross_entropy
 from accel_train.training.trainer import Trainer

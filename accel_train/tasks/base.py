@@ -39,9 +39,8 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, with ``metrics`` in any case."""
-        judged = {} if self.verdict is None else self.verdict.to_dict()
-        metrics = {"metrics": self.metrics} if self.verdict is None else {}
-        return {**judged, **metrics, **({"samples": self.samples} if self.samples else {})}
+        found = {"metrics": self.metrics} if self.verdict is None else self.verdict.to_dict()
+        return {**found, "samples": self.samples} if self.samples else found
 
 
 @dataclass(frozen=True)

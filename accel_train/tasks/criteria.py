@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Op = Literal[">", ">=", "<", "<="]
 
-_OPERATORS: dict[str, Callable[[float, float], bool]] = {
-    ">": operator.gt,
-    ">=": operator.ge,
-    "<": operator.lt,
-    "<=": operator.le,
-}
+_OPERATORS: dict[str, Callable[[float, float], bool]]
+_OPERATORS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 
 
 @dataclass(frozen=True)
@@ -48,13 +44,7 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict as JSON values."""
-        return {
-            "passed": self.passed,
-            "criteria": self.criteria,
-            "failure_reason": self.failure_reason,
-            "metrics": dict(self.metrics),
-            "evidence": dict(self.evidence),
-        }
+        return asdict(self)
 
 
 def judge(
@@ -76,15 +66,7 @@ def judge(
     for criterion in criteria:
         value = metrics.get(criterion.metric)
         holds = criterion.holds(value)
-        rows.append(
-            {
-                "metric": criterion.metric,
-                "op": criterion.op,
-                "threshold": criterion.threshold,
-                "value": value,
-                "passed": holds,
-            }
-        )
+        rows.append({**asdict(criterion), "value": value, "passed": holds})
         if not holds:
             shown = "could not be measured" if value is None else f"is {value:.4f}"
             reasons.append(f"{criterion.metric} {shown}, needs {criterion.op} {criterion.threshold:g}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
 from typing import Any
 
 from accel_train.config.imports import import_by_path
@@ -11,19 +10,11 @@ from accel_train.config.sections import ExperimentConfig, experiment_class
 from accel_train.errors import ConfigError
 from accel_train.tasks.base import Task
 
-
-@dataclass(frozen=True)
-class _BuiltIn:
-    """Import paths, so that a configuration is read without the libraries that its task needs."""
-
-    section: str
-    task: str
-
-
 BUILT_IN = {
-    "walks": _BuiltIn("accel_train.tasks.walks.config:WalksConfig", "accel_train.tasks.walks.task:WalksTask"),
-    "text": _BuiltIn("accel_train.tasks.text.config:TextConfig", "accel_train.tasks.text.task:TextTask"),
+    "walks": ("accel_train.tasks.walks.config:WalksConfig", "accel_train.tasks.walks.task:WalksTask"),
+    "text": ("accel_train.tasks.text.config:TextConfig", "accel_train.tasks.text.task:TextTask"),
 }
+"""Section and class by import path, so that a configuration is read without the libraries that its task needs."""
 
 
 def config_class(task: str) -> type[ExperimentConfig]:
@@ -36,7 +27,7 @@ def config_class(task: str) -> type[ExperimentConfig]:
         ConfigError: there is no such task.
     """
     if task in BUILT_IN:
-        return experiment_class(task, import_by_path("task", BUILT_IN[task].section))
+        return experiment_class(task, import_by_path("task", BUILT_IN[task][0]))
     found = task_class(task)
     return experiment_class(found.name, found.Config)
 
@@ -64,7 +55,7 @@ def task_class(task: str) -> type[Task]:
         near = difflib.get_close_matches(task, BUILT_IN, n=1)
         cure = f"did you mean {near[0]}?" if near else f"it is {', '.join(BUILT_IN)}, or package.module:Class"
         raise ConfigError("task", task, f"is not a task; {cure}")
-    found = import_by_path("task", BUILT_IN[task].task if task in BUILT_IN else task)
+    found = import_by_path("task", BUILT_IN[task][1] if task in BUILT_IN else task)
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise ConfigError("task", task, f"is no {Task.__module__}.{Task.__name__}; derive the class from that")
     kinds = {"name": str, "Config": type}

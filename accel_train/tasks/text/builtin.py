@@ -7,19 +7,23 @@ enough for a small model to have something to learn, and for its samples to show
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from importlib import resources
+from typing import Any, ClassVar
 
 BUILTIN = "builtin"
 """Value of ``text.corpus`` that asks for this corpus."""
 
 _WORDS = json.loads(resources.files(__package__).joinpath("builtin_words.json").read_text(encoding="utf-8"))
-_EN, _ES = _WORDS["english"], _WORDS["spanish"]
 
 _SENTENCES, _PARAGRAPHS = (3, 7), (3, 6)
 _BLOCK = 1 << 16
+_AT_THE_END = ("places", "adverbs", None, None, "places")
+"""What ends a clause of each of the five shapes."""
 _NAMED = 0.4
 """How many of the people have a name, which hardly anybody else has: a corpus of any size has new words."""
 
@@ -31,139 +35,127 @@ def builtin_text(size: int, seed: int) -> Iterator[str]:
         size: bytes; the last paragraph may exceed it.
         seed: of everything random.
     """
-    draw = random.Random(seed)
-    made, pending, waiting = 0, [], 0
-    chapter = 0
+    draw, made, waiting = random.Random(seed), 0, ""
+    languages = itertools.cycle((_English, _Spanish))
     while made < size:
-        language = _english if chapter % 2 == 0 else _spanish
-        chapter += 1
+        language = next(languages)
         for _ in range(draw.randint(*_PARAGRAPHS)):
-            paragraph = _paragraph(draw, language) + "\n"
-            length = len(paragraph.encode())
-            pending.append(paragraph)
-            made, waiting = made + length, waiting + length
+            paragraph = language(draw).paragraph() + "\n"
+            waiting += paragraph
+            made += len(paragraph.encode())
             if made >= size:
                 break
-        pending.append("\n")
-        made, waiting = made + 1, waiting + 1
-        if waiting >= _BLOCK:
-            yield "".join(pending)
-            pending, waiting = [], 0
-    yield "".join(pending)
+        waiting += "\n"
+        made += 1
+        if len(waiting.encode()) >= _BLOCK:
+            yield waiting
+            waiting = ""
+    yield waiting
 
 
-_Sentence = Callable[[], str]
-_Language = Callable[[random.Random], _Sentence]
+class _Language(ABC):
+    """A paragraph about two people.
+
+    Args:
+        draw: of everything random.
+    """
+
+    words: ClassVar[dict[str, Any]]
+    also: ClassVar[str]
+    """Joins two people."""
+    links: ClassVar[tuple[str, ...]]
+    """Join two clauses."""
+    quotation: ClassVar[str]
+
+    def __init__(self, draw: random.Random) -> None:
+        self.draw, self.pick = draw, draw.choice
+        self.heroes = [self.hero(person) for person in draw.sample(self.words["people"], 2)]
+
+    @abstractmethod
+    def somebody(self, person: str) -> str:
+        """Such as "the old captain"."""
+
+    @abstractmethod
+    def thing(self) -> str:
+        """What something is done to."""
+
+    @abstractmethod
+    def forms(self, verb: str) -> tuple[str, ...]:
+        """The verb as each of the five shapes of a clause has it; the fourth is a plural."""
+
+    def hero(self, person: str) -> str:
+        if self.draw.random() < _NAMED:
+            return f"{self.pick(self.words['titles'])} {''.join(self.pick(each) for each in self.words['names'])}"
+        return self.somebody(person)
+
+    def clause(self) -> str:
+        who, verb, shape = self.pick(self.heroes), self.pick(self.words["verbs"]), self.draw.randrange(5)
+        if shape == 3:
+            who = f"{who} {self.also} {self.heroes[0] if who == self.heroes[1] else self.heroes[1]}"
+        clause, kind = f"{who} {self.forms(verb)[shape]} {self.thing()}", _AT_THE_END[shape]
+        return clause if kind is None else f"{clause} {self.pick(self.words[kind])}"
+
+    def sentence(self) -> str:
+        shape = self.draw.randrange(4)
+        if shape == 0:
+            return f"{self.pick(self.words['times'])}, {self.clause()}."
+        clause = self.clause()
+        clause = clause[0].upper() + clause[1:]
+        if shape == 1:
+            return f"{clause}, {self.pick(self.links)} {self.clause()}."
+        return self.quotation.format(clause, self.pick(self.heroes)) if shape == 2 else f"{clause}."
+
+    def paragraph(self) -> str:
+        return " ".join(self.sentence() for _ in range(self.draw.randint(*_SENTENCES)))
 
 
-def _paragraph(draw: random.Random, language: _Language) -> str:
-    sentence = language(draw)
-    return " ".join(sentence() for _ in range(draw.randint(*_SENTENCES)))
+class _English(_Language):
+    words, also, links, quotation = _WORDS["english"], "and", ("and", "but", "because", "so"), "“{},” said {}."
 
+    def somebody(self, person: str) -> str:
+        return f"the {self.pick(self.words['adjectives'])} {person}"
 
-def _english(draw: random.Random) -> _Sentence:
-    """A maker of sentences about two people."""
-    pick = draw.choice
-
-    def hero(person: str) -> str:
-        if draw.random() < _NAMED:
-            return f"{pick(_EN['titles'])} {_name(draw, _EN['names'])}"
-        return f"the {pick(_EN['adjectives'])} {person}"
-
-    heroes = [hero(person) for person in draw.sample(_EN["people"], 2)]
-
-    def thing() -> str:
-        shape, noun = draw.randrange(4), pick(_EN["things"])
+    def thing(self) -> str:
+        shape, noun = self.draw.randrange(4), self.pick(self.words["things"])
         if shape == 0:
             return f"the {noun}"
-        adjective = pick(_EN["adjectives"])
+        adjective = self.pick(self.words["adjectives"])
         if shape == 1:
             return f"the {adjective} {noun}"
         if shape == 2:
             return f"{'an' if adjective[0] in 'aeiou' else 'a'} {adjective} {noun}"
-        return f"{pick(('two', 'three', 'many', 'all the'))} {adjective} {noun}{'es' if noun.endswith('s') else 's'}"
+        several = self.pick(("two", "three", "many", "all the"))
+        return f"{several} {adjective} {noun}{'es' if noun.endswith('s') else 's'}"
 
-    def clause() -> str:
-        who, verb, shape = pick(heroes), pick(_EN["verbs"]), draw.randrange(5)
+    def forms(self, verb: str) -> tuple[str, ...]:
         past = f"{verb}d" if verb.endswith("e") else f"{verb[:-1]}ied" if verb.endswith("ry") else f"{verb}ed"
-        if shape == 0:
-            return f"{who} {past} {thing()} {pick(_EN['places'])}"
-        if shape == 1:
-            return f"{who} {past} {thing()} {pick(_EN['adverbs'])}"
-        if shape == 2:
-            return f"{who} will {verb} {thing()}"
-        if shape == 3:
-            return f"{who} and {heroes[0] if who == heroes[1] else heroes[1]} {past} {thing()}"
-        return f"{who} did not {verb} {thing()} {pick(_EN['places'])}"
-
-    def sentence() -> str:
-        shape = draw.randrange(4)
-        if shape == 0:
-            return f"{pick(_EN['times'])}, {clause()}."
-        if shape == 1:
-            return _capital(f"{clause()}, {pick(('and', 'but', 'because', 'so'))} {clause()}.")
-        if shape == 2:
-            return f"“{_capital(clause())},” said {pick(heroes)}."
-        return _capital(f"{clause()}.")
-
-    return sentence
+        return past, past, f"will {verb}", past, f"did not {verb}"
 
 
-def _spanish(draw: random.Random) -> _Sentence:
-    """A maker of sentences about two people."""
-    pick = draw.choice
+class _Spanish(_Language):
+    words, also, links, quotation = _WORDS["spanish"], "y", ("y", "pero", "porque", "así que"), "—{} —dijo {}."
 
-    def hero(name: str) -> str:
-        if draw.random() < _NAMED:
-            return f"{pick(_ES['titles'])} {_name(draw, _ES['names'])}"
-        feminine = name.endswith("o") and draw.random() < 0.5
-        noun, adjective = (name[:-1] + "a" if feminine else name), pick(_ES["adjectives"]) + ("a" if feminine else "o")
-        return f"{'la' if feminine else 'el'} {noun} {adjective}"
+    def somebody(self, person: str) -> str:
+        feminine = person.endswith("o") and self.draw.random() < 0.5
+        adjective = self.pick(self.words["adjectives"])
+        return f"la {person[:-1]}a {adjective}a" if feminine else f"el {person} {adjective}o"
 
-    heroes = [hero(name) for name in draw.sample(_ES["people"], 2)]
-
-    def thing() -> str:
-        feminine = draw.random() < 0.5
-        noun = pick(_ES["things_f"] if feminine else _ES["things_m"])
-        shape, ending = draw.randrange(4), "a" if feminine else "o"
+    def thing(self) -> str:
+        feminine = self.draw.random() < 0.5
+        noun = self.pick(self.words["things_f" if feminine else "things_m"])
+        shape, ending = self.draw.randrange(4), "a" if feminine else "o"
         if shape == 0:
             return f"{'la' if feminine else 'el'} {noun}"
-        adjective = pick(_ES["adjectives"]) + ending
+        adjective = self.pick(self.words["adjectives"]) + ending
         if shape == 1:
             return f"{'la' if feminine else 'el'} {noun} {adjective}"
         if shape == 2:
             return f"{'una' if feminine else 'un'} {noun} {adjective}"
-        plural = noun + "s" if noun[-1] in "aeiouáé" else _plural(noun)
-        several = ("las", "dos", "muchas", "tres") if feminine else ("los", "dos", "muchos", "tres")
-        return f"{pick(several)} {plural} {adjective}s"
+        several = self.pick(("las", "dos", "muchas", "tres") if feminine else ("los", "dos", "muchos", "tres"))
+        return f"{several} {noun + 's' if noun[-1] in 'aeiouáé' else _plural(noun)} {adjective}s"
 
-    def clause() -> str:
-        who, stem, shape = pick(heroes), pick(_ES["verbs"]), draw.randrange(5)
-        if shape == 0:
-            return f"{who} {stem}aba {thing()} {pick(_ES['places'])}"
-        if shape == 1:
-            return f"{who} {stem}a {thing()} {pick(_ES['adverbs'])}"
-        if shape == 2:
-            return f"{who} {stem}ará {thing()}"
-        if shape == 3:
-            return f"{who} y {heroes[0] if who == heroes[1] else heroes[1]} {stem}aron {thing()}"
-        return f"{who} no {stem}aba {thing()} {pick(_ES['places'])}"
-
-    def sentence() -> str:
-        shape = draw.randrange(4)
-        if shape == 0:
-            return f"{pick(_ES['times'])}, {clause()}."
-        if shape == 1:
-            return _capital(f"{clause()}, {pick(('y', 'pero', 'porque', 'así que'))} {clause()}.")
-        if shape == 2:
-            return f"—{_capital(clause())} —dijo {pick(heroes)}."
-        return _capital(f"{clause()}.")
-
-    return sentence
-
-
-def _name(draw: random.Random, syllables: list[list[str]]) -> str:
-    return "".join(draw.choice(each) for each in syllables)
+    def forms(self, verb: str) -> tuple[str, ...]:
+        return f"{verb}aba", f"{verb}a", f"{verb}ará", f"{verb}aron", f"no {verb}aba"
 
 
 def _plural(noun: str) -> str:
@@ -172,7 +164,3 @@ def _plural(noun: str) -> str:
         if noun.endswith(accented):
             return noun.removesuffix(accented) + plain + "es"
     return noun + "es"
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accel_train.errors import Interrupted
+from accel_train.process.work import StopCheck, never
 
 BLOCK_BYTES = 1 << 20
 """Bytes read at a time."""
@@ -23,11 +24,7 @@ PIECE_CHARACTERS = 1 << 16
 
 _LONGEST_LINE = 1 << 20
 
-StopCheck = Callable[[], bool]
-Counter = Callable[[int], None]
-
 _BOM = codecs.BOM_UTF8
-_OTHER_ENCODINGS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 _START, _END = re.compile(r"\*\*\* ?START OF (THE|THIS) PROJECT"), re.compile(r"\*\*\* ?END OF (THE|THIS) PROJECT")
 _PLACE_TO_CUT = re.compile(r"(?=[ \n]\S)")
 """In front of the last space or newline before a word: what is left of the white space is one token either way."""
@@ -65,7 +62,7 @@ class Corpus:
         """SHA-256 (hex) of the only file; of several, of their digests one after the other."""
         return self.digests[0] if len(self.digests) == 1 else hashlib.sha256("".join(self.digests).encode()).hexdigest()
 
-    def pieces(self, should_stop: StopCheck = lambda: False) -> Iterator[str]:
+    def pieces(self, should_stop: StopCheck = never) -> Iterator[str]:
         """The text in pieces of at most :data:`PIECE_CHARACTERS`, with line feeds as its only line ends.
 
         Raises:
@@ -103,8 +100,8 @@ def check_corpus(
     paths: Sequence[Path],
     *,
     strip_gutenberg: bool = False,
-    should_stop: StopCheck = lambda: False,
-    progress: Counter = lambda _count: None,
+    should_stop: StopCheck = never,
+    progress: Callable[[int], None] = lambda _count: None,
 ) -> Corpus:
     """Read all files once: digest them, and refuse what is no text.
 
@@ -120,15 +117,13 @@ def check_corpus(
     """
     digests, size = [], 0
     for path in paths:
-        digest, blank = hashlib.sha256(), True
+        digest = hashlib.sha256()
 
         def note(block: bytes, digest: hashlib._Hash = digest) -> None:
             digest.update(block)
             progress(len(block))
 
-        for text in _decoded(path, should_stop, note):
-            blank = blank and not text.strip()
-        if blank:
+        if not sum(len(text.strip()) for text in _decoded(path, should_stop, note)):
             what = "is empty" if not path.stat().st_size else "holds nothing but white space"
             raise UnusableCorpus(path, f"{what} ({path.stat().st_size} bytes); name a file with text", is_content=True)
         digests.append(digest.hexdigest())
@@ -164,10 +159,9 @@ def _decoded(path: Path, should_stop: StopCheck, note: Callable[[bytes], None] =
 
 def _mark_length(path: Path, block: bytes) -> int:
     """Bytes of the byte order mark that a file begins with."""
-    for mark, name in _OTHER_ENCODINGS.items():
-        if block.startswith(mark):
-            cure = f"convert it: iconv -f {name} -t UTF-8"
-            raise UnusableCorpus(path, f"is {name}, not UTF-8 (byte order mark at byte 0); {cure}", is_content=True)
+    if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        rule = "is UTF-16, not UTF-8 (byte order mark at byte 0); convert it: iconv -f UTF-16 -t UTF-8"
+        raise UnusableCorpus(path, rule, is_content=True)
     return len(_BOM) if block.startswith(_BOM) else 0
 
 
@@ -179,12 +173,11 @@ def _decode(path: Path, data: bytes, offset: int, *, final: bool) -> tuple[str, 
     except UnicodeDecodeError as error:
         if nul == -1 or error.start < nul:
             byte = data[error.start]
-            raise UnusableCorpus(
-                path,
+            rule = (
                 f"is not UTF-8: byte 0x{byte:02x} at offset {offset + error.start} ({error.reason}); convert it, for "
-                "example with iconv -f LATIN1 -t UTF-8, or name a text file",
-                is_content=True,
-            ) from None
+                "example with iconv -f LATIN1 -t UTF-8, or name a text file"
+            )
+            raise UnusableCorpus(path, rule, is_content=True) from None
     if nul != -1:
         raise UnusableCorpus(path, f"is binary: byte 0x00 at offset {offset + nul}; name a text file", is_content=True)
     return text, used
@@ -226,19 +219,18 @@ def _cut(texts: Iterator[str]) -> Iterator[str]:
     for text in texts:
         waiting.append(text)
         count += len(text)
-        if count < BLOCK_BYTES:
-            continue
-        whole = "".join(waiting)
-        start = 0
-        while len(whole) - start > PIECE_CHARACTERS:
-            end = _place(whole, start)
-            yield whole[start:end]
-            start = end
-        waiting, count = [whole[start:]], len(whole) - start
-    whole, start = "".join(waiting), 0
-    while start < len(whole):
-        end = _place(whole, start)
-        yield whole[start:end]
+        if count >= BLOCK_BYTES:
+            *whole, rest = _pieces("".join(waiting))
+            yield from whole
+            waiting, count = [rest], len(rest)
+    yield from _pieces("".join(waiting))
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        end = _place(text, start)
+        yield text[start:end]
         start = end
 
 

@@ -7,12 +7,10 @@ at once; everything else is tried again, after ever longer pauses.
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
 import re
 import shutil
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -21,28 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from accel_train.errors import DownloadError, Interrupted
-from accel_train.files.atomic import naming
-from accel_train.process.work import abandonable
+from accel_train.files.atomic import naming, sha256_file
+from accel_train.process.work import StopCheck, abandonable, never, wait_for
 
 _BLOCK_BYTES = 1 << 18
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
-_POLL_SECONDS = 0.1
-
-StopCheck = Callable[[], bool]
-
-
-class _Again(Exception):
-    """This attempt failed; another one may not."""
-
-
-@dataclass
-class _Progress:
-    """What an attempt leaves to the next one."""
-
-    done: int = 0
-    total: int | None = None
-    validator: str | None = None
-    """``ETag`` or ``Last-Modified``: proves that the rest belongs to the same file."""
 
 
 def is_url(place: str) -> bool:
@@ -59,7 +40,7 @@ def download(
     timeout: float = 30.0,
     attempts: int = 5,
     first_pause: float = 1.0,
-    should_stop: StopCheck = lambda: False,
+    should_stop: StopCheck = never,
     progress: Callable[[int, int | None], None] = lambda _done, _total: None,
     on_retry: Callable[[str], None] = lambda _message: None,
 ) -> str:
@@ -81,162 +62,127 @@ def download(
         DownloadError: it cannot be had, or is not what was expected.
         Interrupted: ``should_stop()`` turned true.
     """
-    state, pause = _Progress(), first_pause
+    transfer, pause = _Transfer(url, path, size, timeout, progress), first_pause
+    # A server may be silent for the whole timeout.
     for attempt in range(1, attempts + 1):
-        try:
-            # A server may be silent for the whole timeout.
-            abandonable(lambda gone: _attempt(url, path, state, size, timeout, gone, progress), should_stop)
+        reason = abandonable(transfer.attempt, should_stop)
+        if reason is None:
             break
-        except _Again as reason:
-            if attempt == attempts:
-                raise DownloadError(
-                    url, f"could not be fetched in {attempts} attempts: {reason}; check the network and try again"
-                ) from reason
-            on_retry(f"attempt {attempt} of {attempts}: {reason}; next in {pause:g} s")
-            _wait(pause, should_stop)
-            pause *= 2
-    return _accept(url, path, sha256, size)
-
-
-def _accept(url: str, path: Path, sha256: str | None, size: int | None) -> str:
-    found = path.stat().st_size
-    if size is not None and found != size:
-        raise DownloadError(url, _not_expected(found, size))
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if attempt == attempts:
+            rule = f"could not be fetched in {attempts} attempts: {reason}; check the network and try again"
+            raise DownloadError(url, rule)
+        on_retry(f"attempt {attempt} of {attempts}: {reason}; next in {pause:g} s")
+        wait_for(never, pause, lambda: f"waiting to fetch {url} again", should_stop=should_stop)
+        pause *= 2
+    transfer.check_size(path.stat().st_size)
+    digest = sha256_file(path)
     if sha256 is not None and digest != sha256.lower():
-        raise DownloadError(
-            url, f"has SHA-256 {digest}, {sha256.lower()} was expected (text.corpus_sha256); check address and digest"
-        )
+        rule = f"has SHA-256 {digest}, {sha256.lower()} was expected (text.corpus_sha256); check address and digest"
+        raise DownloadError(url, rule)
     return digest
 
 
-def _not_expected(found: int | None, size: int) -> str:
-    return f"has {found} bytes, {size} were expected (text.corpus_bytes); check address and size"
+@dataclass
+class _Transfer:
+    """One file on its way, over as many attempts as it takes."""
+
+    url: str
+    path: Path
+    size: int | None
+    timeout: float
+    progress: Callable[[int, int | None], None]
+    done: int = 0
+    total: int | None = None
+    validator: str | None = None
+    """``ETag`` or ``Last-Modified``: proves that the rest belongs to the same file."""
+
+    def check_size(self, found: int | None) -> None:
+        if self.size is not None and found not in {None, self.size}:
+            rule = f"has {found} bytes, {self.size} were expected (text.corpus_bytes); check address and size"
+            raise DownloadError(self.url, rule)
+
+    def attempt(self, is_abandoned: StopCheck) -> str | None:
+        """Fetch what is missing; return why that failed if another attempt may not, None when all is there."""
+        headers = {"User-Agent": "accel_train", "Accept-Encoding": "identity"}
+        if self.done and self.validator:
+            headers |= {"Range": f"bytes={self.done}-", "If-Range": self.validator}
+        try:
+            request = urllib.request.Request(self.url, headers=headers)
+            with urllib.request.build_opener(_OverHttpOnly).open(request, timeout=self.timeout) as response:
+                return self._receive(response, is_abandoned)
+        except urllib.error.HTTPError as error:
+            error.close()
+            reason = f"the server answers {error.code} {str(error.reason).splitlines()[0]}"
+            if error.code in _RETRIED:
+                return reason
+            if error.code == 416:  # the file has changed under us
+                self.done = 0
+                return reason
+            what = "redirects in a circle" if 300 <= error.code < 400 else f"cannot be had: {reason}"
+            raise DownloadError(self.url, f"{what}; check the address (text.corpus)") from error
+        except (http.client.InvalidURL, ValueError) as error:
+            raise DownloadError(self.url, f"is no address ({error}); check it (text.corpus)") from error
+        except http.client.HTTPException as error:
+            return f"{type(error).__name__}: {error}"
+        except OSError as error:
+            if isinstance(error, DownloadError) or error.filename is not None:
+                raise  # for good, or the disk, not the network
+            cause = error.reason if isinstance(error, urllib.error.URLError) else error
+            return f"no answer for {self.timeout:g} s" if isinstance(cause, TimeoutError) else str(cause)
+
+    def _receive(self, response: Any, is_abandoned: StopCheck) -> str | None:
+        headers = response.headers
+        if response.status != 206:
+            length = headers.get("Content-Length", "")
+            self.done, self.total = 0, int(length) if length.isdecimal() else None
+            self.validator = headers.get("ETag") or headers.get("Last-Modified")
+            if self.validator is not None and self.validator.startswith("W/"):
+                self.validator = None  # says that it means the same, not that it has the same bytes
+        elif not self._is_continued_by(headers.get("Content-Range", "")):
+            self.done, self.validator = 0, None
+            return "the server sends another part than was asked for"
+        self.check_size(self.total)
+        encoding = headers.get("Content-Encoding", "identity")
+        if encoding != "identity":
+            rule = f"is sent in the encoding {encoding}, which was not asked for; fetch it by other means"
+            raise DownloadError(self.url, rule)
+        if self.path.is_file():
+            os.truncate(self.path, self.done)  # before the free space is looked at
+        missing, free = (self.total or 0) - self.done, shutil.disk_usage(self.path.parent).free
+        if missing > free:
+            rule = f"has {missing / 1e6:.0f} MB, but {self.path.parent} has {free / 1e6:.0f} MB free"
+            raise DownloadError(self.url, rule)
+        most, why = (self.done + free, "all that is free") if self.size is None else (self.size, "text.corpus_bytes")
+        file = self.path.open("ab")
+        try:
+            # What has arrived, however little: a slow server shows progress too.
+            while block := response.read1(_BLOCK_BYTES):
+                if is_abandoned():
+                    raise Interrupted
+                if self.done + len(block) > most:
+                    raise DownloadError(self.url, f"sends more than {most} bytes ({why}); check address and size")
+                with naming(self.path):
+                    file.write(block)
+                self.done += len(block)
+                self.progress(self.done, self.total)
+        finally:
+            with naming(self.path):
+                file.close()
+        if self.total is not None and self.done < self.total:
+            return f"the connection ended after {self.done} of {self.total} bytes"
+        return None
+
+    def _is_continued_by(self, part: str) -> bool:
+        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", part)
+        return found is not None and int(found[1]) == self.done and found[2] in {"*", str(self.total)}
 
 
-def _attempt(
-    url: str,
-    path: Path,
-    state: _Progress,
-    size: int | None,
-    timeout: float,
-    is_abandoned: StopCheck,
-    progress: Callable[[int, int | None], None],
-) -> None:
-    headers = {"User-Agent": "accel_train", "Accept-Encoding": "identity"}
-    if state.done and state.validator:
-        headers |= {"Range": f"bytes={state.done}-", "If-Range": state.validator}
-    try:
-        with _opener().open(urllib.request.Request(url, headers=headers), timeout=timeout) as response:
-            _receive(url, response, path, state, size, is_abandoned, progress)
-    except urllib.error.HTTPError as error:
-        error.close()
-        reason = f"the server answers {error.code} {str(error.reason).splitlines()[0]}"
-        if error.code in _RETRIED:
-            raise _Again(reason) from error
-        if error.code == 416:  # the file has changed under us
-            state.done = 0
-            raise _Again(reason) from error
-        what = "redirects in a circle" if 300 <= error.code < 400 else f"cannot be had: {reason}"
-        raise DownloadError(url, f"{what}; check the address (text.corpus)") from error
-    except urllib.error.URLError as error:
-        if isinstance(error.reason, str) and "unknown url type" in error.reason:
-            raise DownloadError(url, f"leads to an address that is not http ({error.reason})") from error
-        raise _Again(_named(error.reason, timeout)) from error
-    except (http.client.InvalidURL, ValueError) as error:
-        raise DownloadError(url, f"is no address ({error}); check it (text.corpus)") from error
-    except DownloadError:
-        raise
-    except (OSError, http.client.HTTPException) as error:
-        if isinstance(error, OSError) and error.filename is not None:
-            raise  # the disk, not the network
-        raise _Again(_named(error, timeout)) from error
+class _OverHttpOnly(urllib.request.HTTPRedirectHandler):
+    """Follows no redirection out of the web; that to a file is an ``HTTPError`` already."""
 
-
-def _named(error: object, timeout: float) -> str:
-    if isinstance(error, TimeoutError):
-        return f"no answer for {timeout:g} s"
-    return f"{type(error).__name__}: {error}" if isinstance(error, http.client.HTTPException) else str(error)
-
-
-def _receive(
-    url: str,
-    response: Any,
-    path: Path,
-    state: _Progress,
-    size: int | None,
-    is_abandoned: StopCheck,
-    progress: Callable[[int, int | None], None],
-) -> None:
-    resumed = response.status == 206 and _continues(response, state)
-    if not resumed:
-        if response.status == 206:
-            state.done, state.validator = 0, None
-            raise _Again("the server sends another part than was asked for")
-        state.done = 0
-        length = response.headers.get("Content-Length")
-        state.total = int(length) if length is not None and length.isdecimal() else None
-        state.validator = response.headers.get("ETag") or response.headers.get("Last-Modified")
-        if state.validator is not None and state.validator.startswith("W/"):
-            state.validator = None  # says that it means the same, not that it has the same bytes
-    if size is not None and state.total not in {None, size}:
-        raise DownloadError(url, _not_expected(state.total, size))
-    encoding = response.headers.get("Content-Encoding", "identity")
-    if encoding != "identity":
-        raise DownloadError(
-            url, f"is sent in the encoding {encoding}, which was not asked for; fetch it by other means"
-        )
-    if path.is_file():
-        os.truncate(path, state.done)  # before the free space is looked at
-    missing = (state.total or 0) - state.done
-    free = shutil.disk_usage(path.parent).free
-    if missing > free:
-        raise DownloadError(url, f"has {missing / 1e6:.0f} MB, but {path.parent} has {free / 1e6:.0f} MB free")
-    most, why = (state.done + free, "all that is free") if size is None else (size, "text.corpus_bytes")
-    file = path.open("ab")
-    try:
-        # What has arrived, however little: a slow server shows progress too.
-        while block := response.read1(_BLOCK_BYTES):
-            if is_abandoned():
-                raise Interrupted
-            if state.done + len(block) > most:
-                raise DownloadError(url, f"sends more than {most} bytes ({why}); check address and size")
-            with naming(path):
-                file.write(block)
-            state.done += len(block)
-            progress(state.done, state.total)
-    finally:
-        with naming(path):
-            file.close()
-    if state.total is not None and state.done < state.total:
-        raise _Again(f"the connection ended after {state.done} of {state.total} bytes")
-
-
-def _continues(response: Any, state: _Progress) -> bool:
-    found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range") or "")
-    return found is not None and int(found[1]) == state.done and found[2] in {"*", str(state.total)}
-
-
-def _opener() -> urllib.request.OpenerDirector:
-    """Follows redirections over http and https, and no other way: no file of this machine can be asked for."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.UnknownHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPRedirectHandler,
-        urllib.request.HTTPErrorProcessor,
-    ):
-        opener.add_handler(handler())
-    return opener
-
-
-def _wait(seconds: float, should_stop: StopCheck) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if should_stop():
-            raise Interrupted
-        time.sleep(min(_POLL_SECONDS, seconds))
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        if not is_url(newurl):
+            raise DownloadError(req.full_url, f"leads to an address that is not http ({newurl})")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)

@@ -27,15 +27,8 @@ def draw_validation(axes: Axes, record: Mapping[str, Any]) -> None:
     curve(axes, seen, BLUE, "o", "training windows")
     curve(axes, held_out, ORANGE, "s", "held-out windows")
     bits = numbers(curves["val_bits_per_byte"])[-1]
-    axes.annotate(
-        f"{held_out[-1]:.3f} nats per token\n{bits:.3f} bits per byte",
-        (len(held_out), held_out[-1]),
-        xytext=(0, 14),
-        textcoords="offset points",
-        ha="right",
-        fontsize=8,
-        color=ORANGE,
-    )
+    last, text = (len(held_out), held_out[-1]), f"{held_out[-1]:.3f} nats per token\n{bits:.3f} bits per byte"
+    axes.annotate(text, last, xytext=(0, 14), textcoords="offset points", ha="right", fontsize=8, color=ORANGE)
     threshold = record["config"]["text"]["gate"]["val_loss_threshold"]
     low, high = axes.get_ylim()
     if threshold is not None and low < threshold < high:

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
@@ -26,16 +25,15 @@ from safetensors.torch import load_file
 
 from accel_train.config.fields import from_dict
 from accel_train.config.sections import ModelConfig
-from accel_train.errors import Interrupted
 from accel_train.model.generation import stream
 from accel_train.model.transformer import TransformerLM
 from accel_train.process.signals import tied_to_this_process
+from accel_train.process.work import StopCheck, wait_for
 from accel_train.tasks.text.config import TextConfig
 from accel_train.tasks.text.tokenizer import TOKENIZER_FILE, TextTokenizer
 
 WARM_UP_TOKENS = 32
 TIMED_TOKENS = 256
-_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class InferenceError(RuntimeError):
     """The process that was to use the model failed."""
 
 
-def measure_apart(checkpoint: Path, should_stop: Callable[[], bool], timeout: float = 600.0) -> InferenceCost:
+def measure_apart(checkpoint: Path, should_stop: StopCheck, timeout: float = 600.0) -> InferenceCost:
     """Measure ``checkpoint`` in a fresh process.
 
     Raises:
@@ -79,13 +77,9 @@ def measure_apart(checkpoint: Path, should_stop: Callable[[], bool], timeout: fl
         subprocess.Popen(line, env=env, stdout=out, stderr=err, start_new_session=True) as process,
     ):
         try:
-            deadline = time.monotonic() + timeout
-            while process.poll() is None:
-                if should_stop():
-                    raise Interrupted
-                if time.monotonic() > deadline:
-                    raise InferenceError(f"using {checkpoint} took longer than {timeout:g} s")
-                time.sleep(_POLL_SECONDS)
+            what = f"using {checkpoint}"
+            if not wait_for(lambda: process.poll() is not None, timeout, lambda: what, should_stop=should_stop):
+                raise InferenceError(f"{what} took longer than {timeout:g} s")
         finally:
             process.kill()
         output, errors = _lines(out), _lines(err)
@@ -95,9 +89,8 @@ def measure_apart(checkpoint: Path, should_stop: Callable[[], bool], timeout: fl
     try:
         return InferenceCost(**json.loads(output[-1]))
     except (IndexError, ValueError, TypeError) as error:
-        raise InferenceError(
-            f"the process that used {checkpoint} did not end with its figures: {output[-1:]}"
-        ) from error
+        what = f"the process that used {checkpoint} did not end with its figures: {output[-1:]}"
+        raise InferenceError(what) from error
 
 
 def _lines(file: TextIO) -> list[str]:
@@ -105,7 +98,7 @@ def _lines(file: TextIO) -> list[str]:
     return file.read().strip().splitlines()
 
 
-def measure(checkpoint: Path, *, tokens: int = TIMED_TOKENS) -> InferenceCost:
+def measure(checkpoint: Path) -> InferenceCost:
     """Load ``checkpoint`` and generate, in this process."""
     values = yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8"))
     text, model_config = from_dict(values["text"], TextConfig), from_dict(values["model"], ModelConfig)
@@ -114,15 +107,10 @@ def measure(checkpoint: Path, *, tokens: int = TIMED_TOKENS) -> InferenceCost:
     model.load_state_dict(load_file(checkpoint / "model.safetensors"))
     prompt = tokenizer.encode(text.prompt)[-model_config.max_seq_len :]
     generator = torch.Generator().manual_seed(0)
-    seconds = []
-    before = 0.0
-    for number, _ in enumerate(stream(model, prompt, WARM_UP_TOKENS + tokens, generator=generator)):
-        now = time.perf_counter()
-        if number >= WARM_UP_TOKENS:
-            seconds.append(now - before)
-        before = now
-    p50, p95 = np.percentile(1e3 * np.array(seconds), [50, 95])
-    return InferenceCost(float(p50), float(p95), peak_rss_bytes() / 1e6, torch.get_num_threads(), tokens)
+    tokens = stream(model, prompt, WARM_UP_TOKENS + TIMED_TOKENS, generator=generator)
+    milliseconds = 1e3 * np.diff([time.perf_counter() for _ in tokens])[WARM_UP_TOKENS - 1 :]
+    p50, p95 = np.percentile(milliseconds, [50, 95])
+    return InferenceCost(float(p50), float(p95), peak_rss_bytes() / 1e6, torch.get_num_threads(), len(milliseconds))
 
 
 def peak_rss_bytes() -> int:

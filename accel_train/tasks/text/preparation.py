@@ -7,14 +7,14 @@ file being there. A local corpus is used where it lies and never copied.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from accel_train.config import fields
 from accel_train.config.sections import ExperimentConfig
 from accel_train.data.windows import Ranges, count_windows, split_corpus
 from accel_train.errors import ConfigError
-from accel_train.files.atomic import canonical_json
+from accel_train.files.atomic import sha256_json
 from accel_train.files.shared import cached, damage
 from accel_train.process.console import Meter
 from accel_train.process.work import StopCheck, WorkContext, abandonable
@@ -22,17 +22,8 @@ from accel_train.tasks.text.builtin import BUILTIN, builtin_text
 from accel_train.tasks.text.config import TextConfig
 from accel_train.tasks.text.corpus import Corpus, UnusableCorpus, check_corpus, find_files
 from accel_train.tasks.text.download import download, is_url
-from accel_train.tasks.text.tokenizer import (
-    CHAR_VOCAB_SIZE,
-    TOKENIZER_FILE,
-    TextTokenizer,
-    VocabularyError,
-    char_tokenizer,
-    train_tokenizer,
-)
+from accel_train.tasks.text.tokenizer import TOKENIZER_FILE, TextTokenizer, VocabularyError, train_tokenizer
 from accel_train.tasks.text.tokens import Tokens, write_tokens
-
-_Writer = Callable[[Path, WorkContext], None]
 
 # Parts of the cache keys: raise one when the same input would give another result.
 _BUILTIN_VERSION, _TOKENIZER_VERSION, _TOKENS_VERSION = 1, 1, 1
@@ -74,22 +65,17 @@ class Preparation:
         if text.corpus == BUILTIN:
             for name in ("corpus_sha256", "corpus_bytes"):
                 value = getattr(text, name)
-                if value is not None:
-                    raise ConfigError(
-                        f"text.{name}", value, "has no meaning for the built-in corpus; name a corpus too"
-                    )
+                rule = "has no meaning for the built-in corpus; name a corpus too"
+                fields.check(value is None, f"text.{name}", value, rule)
         elif not is_url(text.corpus):
-            self._corpus = self._checked(lambda: find_files(text.corpus), work)
-            expected = (
-                ("corpus_sha256", text.corpus_sha256 and text.corpus_sha256.lower(), self._corpus.sha256),
-                ("corpus_bytes", text.corpus_bytes, self._corpus.size),
-            )
-            for name, wanted, found in expected:
-                if wanted not in {None, found}:
-                    rule = (
-                        f"is not that of {text.corpus}, which is {found}; check the corpus and what is expected of it"
-                    )
-                    raise ConfigError(f"text.{name}", wanted, rule)
+            self._corpus = corpus = self._checked(text.corpus, work)
+            sha256 = text.corpus_sha256 and text.corpus_sha256.lower()
+            for name, wanted, found in (
+                ("corpus_sha256", sha256, corpus.sha256),
+                ("corpus_bytes", text.corpus_bytes, corpus.size),
+            ):
+                rule = f"is not that of {text.corpus}, which is {found}; check the corpus and what is expected of it"
+                fields.check(wanted in {None, found}, f"text.{name}", wanted, rule)
 
     def build(self, shared: Path, work: WorkContext) -> str:
         """Fetch or make the corpus, train the tokenizer, write the tokens; or verify and reuse them.
@@ -106,13 +92,21 @@ class Preparation:
     def build_corpus(self, shared: Path, work: WorkContext) -> Corpus:
         """The corpus, checked: a local one where it lies, any other one under ``shared``."""
         text, key = self._text, self._corpus_key
-        if key is not None:
-            write = self._write_builtin if text.corpus == BUILTIN else self._fetch
-            corpus = self._made(key, write, shared, work)
+        if key is None:
+            self._corpus = corpus = self._corpus or self._checked(text.corpus, work)
+            origin = f"SHA-256 {corpus.sha256[:16]}"
         else:
-            corpus = self._corpus or self._checked(lambda: find_files(text.corpus), work)
-            self._corpus = corpus
-            work.say("corpus", f"{text.corpus}: {_size(corpus.size)} of text, SHA-256 {corpus.sha256[:16]}")
+            write = self._write_builtin if text.corpus == BUILTIN else self._fetch
+
+            def build(directory: Path) -> None:
+                write(directory / _CORPUS_FILE, work)
+                # Before it counts: what is no text must not be found next time.
+                self._checked(directory / _CORPUS_FILE, work)
+
+            directory, origin = self._cached("corpus", shared, key, build, work)
+            corpus = self._checked(directory / _CORPUS_FILE, work)
+        size = f"{corpus.size / 1e6:.1f} MB" if corpus.size >= 1e6 else f"{corpus.size / 1e3:.0f} kB"
+        work.say("corpus", f"{text.corpus}: {size} of text, {origin}")
         return corpus
 
     @property
@@ -123,7 +117,7 @@ class Preparation:
             return f"builtin-{text.builtin_bytes}-v{_BUILTIN_VERSION}"
         if not is_url(text.corpus):
             return None
-        return f"download-{_short(canonical_json([text.corpus, text.corpus_sha256, text.corpus_bytes]))}"
+        return f"download-{sha256_json([text.corpus, text.corpus_sha256, text.corpus_bytes])[:16]}"
 
     def missing_corpus(self, shared: Path) -> str | None:
         """Why a corpus has to be fetched or made; None when it is there and sound."""
@@ -136,14 +130,15 @@ class Preparation:
     def _tokenizer_key(self, corpus: Corpus) -> str:
         text = self._text
         defines = [_TOKENIZER_VERSION, text.tokenizer, text.vocab_size, corpus.sha256, corpus.strip_gutenberg]
-        return f"tokenizer-{_short(canonical_json(defines))}"
+        return f"tokenizer-{sha256_json(defines)[:16]}"
 
     def build_tokenizer(self, corpus: Corpus, shared: Path, work: WorkContext) -> TextTokenizer:
         """The tokenizer of ``corpus``, trained if it is not there."""
         text = self._text
         if text.tokenizer == "char":
-            work.say("tokenizer", f"{CHAR_VOCAB_SIZE} characters")
-            return char_tokenizer()
+            characters = train_tokenizer("char", (), text.vocab_size)
+            work.say("tokenizer", f"{characters.vocab_size} characters")
+            return characters
 
         def build(directory: Path) -> None:
             work.say("tokenizer", f"training {text.tokenizer} with a vocabulary of {text.vocab_size:,}")
@@ -157,17 +152,12 @@ class Preparation:
             (directory / TOKENIZER_FILE).write_text(trained.content, encoding="utf-8")
 
         try:
-            directory, built = self._cached("tokenizer", shared, self._tokenizer_key(corpus), build, work)
+            directory, origin = self._cached("tokenizer", shared, self._tokenizer_key(corpus), build, work)
         except VocabularyError as error:
-            raise ConfigError(
-                "text.vocab_size",
-                error.wanted,
-                f"is more than this corpus supports ({error.possible} at most); choose a smaller one or use more text",
-            ) from error
+            rule = f"is more than this corpus supports ({error.possible} at most); choose a smaller one or more text"
+            raise ConfigError("text.vocab_size", error.wanted, rule) from error
         tokenizer = TextTokenizer.load(directory / TOKENIZER_FILE)
-        work.say(
-            "tokenizer", f"{text.tokenizer}, vocabulary of {tokenizer.vocab_size:,}, {built} as {_name(directory)}"
-        )
+        work.say("tokenizer", f"{text.tokenizer}, vocabulary of {tokenizer.vocab_size:,}, {origin}")
         return tokenizer
 
     def build_tokens(self, corpus: Corpus, tokenizer: TextTokenizer, shared: Path, work: WorkContext) -> Path:
@@ -180,49 +170,27 @@ class Preparation:
                 write_tokens(directory, pieces, tokenizer, corpus.sha256)
             (directory / TOKENIZER_FILE).write_text(tokenizer.content, encoding="utf-8")
 
-        directory, built = self._cached("tokens", shared, f"tokens-{_short(canonical_json(defines))}", build, work)
+        directory, origin = self._cached("tokens", shared, f"tokens-{sha256_json(defines)[:16]}", build, work)
         index = Tokens(directory).index
-        each = index.bytes / max(index.tokens, 1)
-        work.say("tokens", f"{index.tokens:,} of {each:.2f} bytes each, {built} as {_name(directory)}")
+        work.say("tokens", f"{index.tokens:,} of {index.bytes / max(index.tokens, 1):.2f} bytes each, {origin}")
         self._check_size(index.tokens)
         return directory
 
     def _check_size(self, tokens: int) -> None:
         context, batch = self.config.model.max_seq_len, self.config.training.batch_size
         train, val = split(self.config, tokens)
-        counts = {
-            "training": count_windows(train, context, self._text.stride),
-            "validation": count_windows(val, context),
-        }
-        if _SENSIBLE_BATCH <= counts["training"] < batch:
-            raise ConfigError(
-                "training.batch_size",
-                batch,
-                f"is more than the {counts['training']} windows of {context} tokens that this corpus gives for "
-                "training; choose a smaller one or use more text",
+        training, validation = count_windows(train, context, self._text.stride), count_windows(val, context)
+        rule = (
+            f"is more than the {training} windows of {context} tokens that this corpus gives for training; choose a "
+            "smaller one or use more text"
+        )
+        fields.check(not _SENSIBLE_BATCH <= training < batch, "training.batch_size", batch, rule)
+        for part, count, needed in (("training", training, batch), ("validation", validation, 1)):
+            rule = (
+                f"is too small: {tokens:,} tokens give {count} windows of model.max_seq_len = {context} for {part}, "
+                f"and {needed} are needed; use more text, a shorter context or a smaller batch"
             )
-        for part, needed in (("training", batch), ("validation", 1)):
-            if counts[part] < needed:
-                raise ConfigError(
-                    "text.corpus",
-                    self._text.corpus,
-                    f"is too small: {tokens:,} tokens give {counts[part]} windows of model.max_seq_len = {context} "
-                    f"for {part}, and {needed} are needed; use more text, a shorter context or a smaller batch",
-                )
-
-    def _made(self, key: str, write: _Writer, shared: Path, work: WorkContext) -> Corpus:
-        """A corpus that is a file under ``shared``."""
-
-        def build(directory: Path) -> None:
-            path = directory / _CORPUS_FILE
-            write(path, work)
-            # Before it counts: what is no text must not be found next time.
-            self._checked(lambda: (path,), work)
-
-        directory, built = self._cached("corpus", shared, key, build, work)
-        corpus = self._checked(lambda: (directory / _CORPUS_FILE,), work)
-        work.say("corpus", f"{self._text.corpus}: {_size(corpus.size)} of text, {built} as {_name(directory)}")
-        return corpus
+            fields.check(count >= needed, "text.corpus", self._text.corpus, rule)
 
     def _write_builtin(self, path: Path, work: WorkContext) -> None:
         size = self._text.builtin_bytes
@@ -250,10 +218,10 @@ class Preparation:
                 on_retry=work.saying("corpus"),
             )
 
-    def _checked(self, find: Callable[[], tuple[Path, ...]], work: WorkContext) -> Corpus:
+    def _checked(self, place: str | Path, work: WorkContext) -> Corpus:
         text = self._text
         try:
-            paths = find()
+            paths = find_files(str(place))
             size = sum(path.stat().st_size for path in paths)
             with Meter("corpus: text checked", size, work.saying("corpus")) as meter:
                 return check_corpus(
@@ -273,14 +241,9 @@ class Preparation:
             self.built.add(name)
             build(directory)
 
-        directory = cached(
-            shared,
-            key,
-            note_and_build,
-            work,
-            name,
-        )
-        return directory, "built" if name in self.built else "found and verified"
+        directory = cached(shared, key, note_and_build, work, name)
+        how = "built" if name in self.built else "found and verified"
+        return directory, f"{how} as {directory.parent.name}/{directory.name}"
 
 
 def _missing(directory: Path) -> str | None:
@@ -295,15 +258,3 @@ def _counted(corpus: Corpus, meter: Meter, should_stop: StopCheck) -> Iterator[s
     for piece in corpus.pieces(should_stop):
         meter(len(piece.encode()))
         yield piece
-
-
-def _short(defines: str) -> str:
-    return hashlib.sha256(defines.encode()).hexdigest()[:16]
-
-
-def _name(directory: Path) -> str:
-    return f"{directory.parent.name}/{directory.name}"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"

@@ -6,6 +6,7 @@ in the course of training (samples, milliseconds, megabytes) is judged once, at 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -29,7 +30,7 @@ from accel_train.model import size
 from accel_train.model.generation import generate
 from accel_train.process.work import StopCheck, WorkContext, never
 from accel_train.tasks.base import Evaluation, GenerationOptions, Task, Trained
-from accel_train.tasks.criteria import Criterion, Op, Verdict, judge
+from accel_train.tasks.criteria import Criterion, Op, judge
 from accel_train.tasks.text.config import TextConfig
 from accel_train.tasks.text.figures import draw_validation
 from accel_train.tasks.text.inference_cost import InferenceError, measure_apart
@@ -75,23 +76,18 @@ class TextTask(Task):
         self._text: TextConfig = config.section
         self.preparation = Preparation(config)
         self._context = config.model.max_seq_len
-        self._artifacts = Path()
-        self._tokens: Tokens | None = None
-        self._tokenizer: TextTokenizer | None = None
-        self._train: WindowDataset | None = None
-        self._val: WindowDataset | None = None
-        self._bytes_per_token: float | None = None
+        # After open().
+        self._artifacts: Path
+        self._tokens: Tokens
+        self._train: WindowDataset
+        self._val: WindowDataset
+        self.tokenizer: TextTokenizer
+        """After :meth:`open` or :meth:`prepare_generation`."""
 
     @property
     def vocab_size(self) -> int:
         """What the configuration asks for, or the fixed size of the character tokenizer."""
         return CHAR_VOCAB_SIZE if self._text.tokenizer == "char" else self._text.vocab_size
-
-    @property
-    def tokenizer(self) -> TextTokenizer:
-        """The tokenizer; after :meth:`open` or :meth:`use_tokenizer`."""
-        assert self._tokenizer is not None, "open() comes first"
-        return self._tokenizer
 
     # -- data ------------------------------------------------------------------------------
 
@@ -117,36 +113,25 @@ class TextTask(Task):
         """The training windows, memory-mapped; also opens the held-out ones."""
         self._artifacts = Path(artifacts)
         self._tokens = Tokens(self._artifacts)
-        self._tokenizer = TextTokenizer.load(self._artifacts / TOKENIZER_FILE)
+        self.tokenizer = TextTokenizer.load(self._artifacts / TOKENIZER_FILE)
         train, val = split(self.config, len(self._tokens))
         self._train = WindowDataset(self._tokens, self._context, train, self._text.stride)
         self._val = WindowDataset(self._tokens, self._context, val)
         return self._train
 
-    @property
-    def _windows(self) -> tuple[WindowDataset, WindowDataset]:
-        assert self._train is not None, "open() comes first"
-        assert self._val is not None
-        return self._train, self._val
-
     def _held_out(self) -> Ids:
         """Ids of the windows that are validated on."""
-        _, val = self._windows
-        batches = self._text.val_batches
-        return spread(len(val), len(val) if batches is None else batches * self.config.training.batch_size)
+        total, batches = len(self._val), self._text.val_batches
+        return spread(total, total if batches is None else batches * self.config.training.batch_size)
 
     def validation(self) -> dict[str, Any]:
         """``val``: the held-out windows; ``probe``: training windows, to compare with in the same mode."""
-        train, val = self._windows
         held_out = self._held_out()
-        return {
-            "val": Subset(val, held_out.tolist()),
-            "probe": Subset(train, spread(len(train), min(_PROBE_WINDOWS, len(held_out))).tolist()),
-        }
+        probe = spread(len(self._train), min(_PROBE_WINDOWS, len(held_out)))
+        return {"val": Subset(self._val, held_out.tolist()), "probe": Subset(self._train, probe.tolist())}
 
     def digests(self) -> dict[str, str]:
         """SHA-256 (hex) of corpus, tokenizer and tokens."""
-        assert self._tokens is not None, "open() comes first"
         index = json.loads((self._artifacts / INDEX_FILE).read_text(encoding="utf-8"))
         shards = {name: entry["sha256"] for name, entry in index["files"].items() if name.endswith(".bin")}
         return {
@@ -163,8 +148,6 @@ class TextTask(Task):
 
     def preflight(self, work: WorkContext) -> dict[str, Any]:
         """What the held-out part is, and what a model that only counts would reach on it."""
-        assert self._tokens is not None, "open() comes first"
-        train, _ = self._windows
         index, threshold = self._tokens.index, self._text.gate.val_loss_threshold
         held_out = self._held_out()
         counting = self._counting_loss()
@@ -172,7 +155,7 @@ class TextTask(Task):
         unknown = index.unknown / max(index.tokens, 1)
         if unknown > 0.01:
             warnings.append(
-                f"{_percent(unknown)} of the corpus is unknown to the tokenizer: no sample will be like it; "
+                f"{100 * unknown:.3g} % of the corpus is unknown to the tokenizer: no sample will be like it; "
                 "use text.tokenizer bpe or unigram"
             )
         if threshold is not None and counting < threshold:
@@ -182,20 +165,16 @@ class TextTask(Task):
             )
         work.say(
             "preflight",
-            f"{len(train):,} windows of {self._context} tokens for training, {len(held_out):,} held out "
+            f"{len(self._train):,} windows of {self._context} tokens for training, {len(held_out):,} held out "
             f"({self._text.split_by}); no token is in both",
         )
         work.say(
             "preflight",
             f"knowing only how frequent each token is gives a loss of {counting:.3f} nats per token, "
-            f"{counting / self._nats_per_bit():.3f} bits per byte",
+            f"{counting / self._nats_per_bit:.3f} bits per byte",
         )
         _, prompted = self._judged_prompts()
-        asked = self._criteria(
-            final=True,
-            languages=[each for each in LANGUAGES if each in prompted],
-            epochs=self.config.training.max_epochs,
-        )
+        asked = self._criteria(final=True, bilingual=None not in prompted, epochs=self.config.training.max_epochs)
         named = [f"{c.metric} {c.op} {c.threshold:g}" for c in asked]
         work.say("preflight", f"the gate asks {' and '.join(named) or 'nothing'}")
         for warning in warnings:
@@ -203,35 +182,32 @@ class TextTask(Task):
         return {
             "reachable": True,
             "corpus": asdict(index),
-            "windows": {"train": len(train), "validation": len(held_out)},
+            "windows": {"train": len(self._train), "validation": len(held_out)},
             "counting_loss": counting,
-            "counting_bits_per_byte": counting / self._nats_per_bit(),
+            "counting_bits_per_byte": counting / self._nats_per_bit,
             "warnings": warnings,
         }
 
     def _counting_loss(self) -> float:
         """Cross-entropy on the held-out windows of the token frequencies of (some) training windows."""
-        train, val = self._windows
         seen = np.ones(self.vocab_size)
-        _, targets = train.__getitems__(spread(len(train), 4096))
+        _, targets = self._train.__getitems__(spread(len(self._train), 4096))
         seen += np.bincount(targets.numpy().ravel(), minlength=self.vocab_size)
         held_out = self._held_out()
-        _, targets = val.__getitems__(held_out[spread(len(held_out), 1024)])
+        _, targets = self._val.__getitems__(held_out[spread(len(held_out), 1024)])
         return float(-np.log(seen / seen.sum())[targets.numpy().ravel()].mean())
 
+    @functools.cached_property
     def _nats_per_bit(self) -> float:
         """Nats per token divided by this are bits per byte of the held-out text."""
-        if self._bytes_per_token is None:
-            _, val = self._windows
-            lengths, ids = self.tokenizer.byte_lengths(), self._held_out()
-            total = sum(
-                int(lengths[val.__getitems__(part)[1].numpy()].sum())
-                for part in np.array_split(ids, len(ids) // 512 + 1)
-            )
-            self._bytes_per_token = total / (len(ids) * self._context)
-        return math.log(2) * self._bytes_per_token
+        lengths, ids = self.tokenizer.byte_lengths(), self._held_out()
+        total = sum(
+            int(lengths[self._val.__getitems__(part)[1].numpy()].sum())
+            for part in np.array_split(ids, len(ids) // 512 + 1)
+        )
+        return math.log(2) * (total / (len(ids) * self._context))
 
-    def _criteria(self, *, final: bool, languages: Sequence[Language] = (), epochs: int = 2) -> list[Criterion]:
+    def _criteria(self, *, final: bool, bilingual: bool = False, epochs: int = 2) -> list[Criterion]:
         """What is asked in the course of training, or at the end of so many whole epochs."""
         gate = self._text.gate
         asked: list[tuple[str, Op, float | None]] = [
@@ -245,7 +221,7 @@ class TextTask(Task):
                 ("latency_p95_ms", "<=", gate.latency_p95_ms_threshold),
                 ("rss_mb", "<=", gate.rss_mb_threshold),
             ]
-            if len(languages) == len(LANGUAGES):
+            if bilingual:
                 asked.append(("language", ">=", gate.language_threshold))
         return [Criterion(metric, op, float(threshold)) for metric, op, threshold in asked if threshold is not None]
 
@@ -258,7 +234,7 @@ class TextTask(Task):
         val = losses["val"]
         metrics: dict[str, float | None] = {
             "val_loss": val,
-            "val_bits_per_byte": val / self._nats_per_bit(),
+            "val_bits_per_byte": val / self._nats_per_bit,
             "probe_loss": losses["probe"],
             "overfit_gap": val - losses["probe"],
         }
@@ -297,7 +273,7 @@ class TextTask(Task):
             Interrupted: ``should_stop()`` turned true.
         """
         prompts, languages = self._judged_prompts()
-        found = sorted({language for language in languages if language is not None})
+        bilingual = None not in languages
         rows = self._continue(trained.model, prompts, _CONTINUATION_TOKENS, _JUDGED, work.should_stop)
         continuations = rows[:, prompts.shape[1] :].tolist()
         texts = [self.tokenizer.decode(each) for each in continuations]
@@ -312,14 +288,15 @@ class TextTask(Task):
             "weights_sha256": sha256_file(trained.checkpoint / "model.safetensors"),
             "repetitions": [repetition(each, run) for each in continuations],
             "epoch_losses": trained.epoch_losses,
-            "languages": found,
+            "languages": sorted(LANGUAGES) if bilingual else [],
             "samples": [
                 {"language": language, "prompt": prompt, "continuation": text, "found": language_of(text)}
                 for language, prompt, text in zip(languages, begun, texts, strict=True)
             ],
         }
-        if len(found) == len(LANGUAGES):
-            metrics["language"] = sum(map(_is_in, texts, languages)) / len(texts)
+        if bilingual:
+            same = [language_of(text) == language for text, language in zip(texts, languages, strict=True)]
+            metrics["language"] = sum(same) / len(texts)
         reasons = []
         try:
             cost = measure_apart(trained.checkpoint, work.should_stop)
@@ -328,21 +305,12 @@ class TextTask(Task):
         except InferenceError as error:
             metrics |= {"latency_p95_ms": None, "rss_mb": None}
             reasons.append(str(error))
-        verdict: Verdict = judge(
-            self._criteria(
-                final=True,
-                languages=[language for language in LANGUAGES if language in found],
-                epochs=len(trained.epoch_losses),
-            ),
-            metrics,
-            evidence=evidence,
-            too_thin=reasons,
-        )
+        asked = self._criteria(final=True, bilingual=bilingual, epochs=len(trained.epoch_losses))
+        verdict = judge(asked, metrics, evidence=evidence, too_thin=reasons)
         return Evaluation(verdict, samples=[f"{b} | {t}" for b, t in zip(begun, texts, strict=True)])
 
     def _judged_prompts(self) -> tuple[torch.Tensor, list[Language | None]]:
-        _, val = self._windows
-        return judged_prompts(val, self.tokenizer, max(1, min(_PROMPT_TOKENS, self._context // 2)))
+        return judged_prompts(self._val, self.tokenizer, max(1, min(_PROMPT_TOKENS, self._context // 2)))
 
     # -- the record and the model in use ---------------------------------------------------
 
@@ -371,7 +339,7 @@ class TextTask(Task):
             TokenizerError: it is none.
             OSError: it cannot be read.
         """
-        self._tokenizer = TextTokenizer.load(checkpoint / TOKENIZER_FILE)
+        self.tokenizer = TextTokenizer.load(checkpoint / TOKENIZER_FILE)
 
     def generate(self, model: nn.Module, options: GenerationOptions) -> Iterator[str]:
         """Continue a prompt ``options.num`` times, piece by piece as it is written.
@@ -380,11 +348,3 @@ class TextTask(Task):
             ConfigError: the prompt is empty.
         """
         return write(model, self.tokenizer, self._text, options)
-
-
-def _is_in(text: str, language: Language | None) -> bool:
-    return language_of(text) == language
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"

@@ -14,13 +14,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from tokenizers.trainers import BpeTrainer, UnigramTrainer
 
 from accel_train.errors import TokenizerError
 
@@ -89,8 +89,7 @@ class TextTokenizer:
         self.special_ids: tuple[int, ...] = tuple(range(len(special)))
         if self._is_char:
             self._id_of = np.full(128, CHAR_SPECIAL_TOKENS.index("<UNK>"), dtype=np.uint16)
-            for place, character in enumerate(ALPHABET):
-                self._id_of[ord(character)] = len(special) + place
+            self._id_of[[ord(character) for character in ALPHABET]] = np.arange(len(special), CHAR_VOCAB_SIZE)
 
     @classmethod
     def load(cls, path: Path) -> TextTokenizer:
@@ -113,10 +112,8 @@ class TextTokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``."""
         if self._is_char:
-            characters: list[int] = self._characters(text).tolist()
-            return characters
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+            return list(self._characters(text).tolist())
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_many(self, texts: Sequence[str]) -> npt.NDArray[Any]:
         """The ids of ``texts`` one after the other, ``(tokens,)`` of :attr:`dtype`; in parallel threads."""
@@ -130,8 +127,7 @@ class TextTokenizer:
         """The text of ``ids``; special tokens vanish, except the unknown character of the character tokenizer."""
         if self._is_char:
             known = len(self.special_ids)
-            table = [UNKNOWN if each == 1 else ALPHABET[each - known] for each in ids if each]
-            return "".join(table)
+            return "".join([UNKNOWN if each == 1 else ALPHABET[each - known] for each in ids if each])
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def byte_lengths(self) -> npt.NDArray[np.int64]:
@@ -141,11 +137,9 @@ class TextTokenizer:
         bits per byte come out too high rather than too low.
         """
         lengths = np.ones(self.vocab_size, dtype=np.int64)
-        if self._is_char:
-            lengths[list(self.special_ids)] = 0
-            return lengths
-        for token, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            lengths[number] = len(token)  # each byte is written as one character
+        if not self._is_char:
+            for token, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
+                lengths[number] = len(token)  # each byte is written as one character
         lengths[list(self.special_ids)] = 0
         return lengths
 
@@ -191,22 +185,14 @@ def train_tokenizer(kind: Kind, texts: Iterable[str], vocab_size: int) -> TextTo
     tokenizer = Tokenizer(models.BPE() if kind == "bpe" else models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainer=_trainer(kind, vocab_size))
+    options: dict[str, Any] = {"special_tokens": [*SPECIAL_TOKENS], "initial_alphabet": _BYTES, "show_progress": False}
+    trainer = trainers.BpeTrainer if kind == "bpe" else partial(trainers.UnigramTrainer, unk_token="<unk>")
+    tokenizer.train_from_iterator(texts, trainer=trainer(vocab_size=vocab_size, **options))
     content = tokenizer.to_str(pretty=False)
     trained = TextTokenizer(_repaired(content) if kind == "unigram" else content)
     if trained.vocab_size != vocab_size:
         raise VocabularyError(vocab_size, trained.vocab_size)
     return trained
-
-
-def _trainer(kind: Kind, vocab_size: int) -> BpeTrainer | UnigramTrainer:
-    common: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "special_tokens": list(SPECIAL_TOKENS),
-        "initial_alphabet": _BYTES,
-        "show_progress": False,
-    }
-    return trainers.BpeTrainer(**common) if kind == "bpe" else trainers.UnigramTrainer(unk_token="<unk>", **common)
 
 
 def _repaired(content: str) -> str:

@@ -68,9 +68,9 @@ def write_tokens(
     """
     lengths = tokenizer.byte_lengths()
     count = size = unknown = 0
-    with ThreadPoolExecutor(1, thread_name_prefix="tokenize") as thread, _Shards(directory, shard_tokens) as shards:
+    with ThreadPoolExecutor(1, thread_name_prefix="tokenize") as thread:
         for ids in _ahead(thread, tokenizer, iter(pieces)):
-            shards.write(ids)
+            _append(directory, ids, count, shard_tokens)
             count += len(ids)
             size += int(lengths[ids].sum())
             unknown += int((ids == 1).sum())
@@ -100,41 +100,15 @@ def _ahead(thread: ThreadPoolExecutor, tokenizer: TextTokenizer, pieces: Iterato
         yield running.result()
 
 
-class _Shards:
-    """Writes a stream of ids to files of equal size."""
-
-    def __init__(self, directory: Path, shard_tokens: int) -> None:
-        self._directory, self._shard_tokens = directory, shard_tokens
-        self._number, self._room = -1, 0
-        self._file: Any = None
-
-    def __enter__(self) -> _Shards:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def write(self, ids: npt.NDArray[Any]) -> None:
-        """Append ``ids``; a full shard is followed by the next."""
-        little = ids.astype(ids.dtype.newbyteorder("<"), copy=False)
-        start = 0
-        while start < len(little):
-            if not self._room:
-                self._next()
-            part = little[start : start + self._room]
-            with naming(self._path):
-                self._file.write(part.tobytes())
-            start, self._room = start + len(part), self._room - len(part)
-
-    @property
-    def _path(self) -> Path:
-        return self._directory / shard_name(self._number)
-
-    def _next(self) -> None:
-        self.__exit__()
-        self._number, self._room = self._number + 1, self._shard_tokens
-        self._file = self._path.open("wb")
+def _append(directory: Path, ids: npt.NDArray[Any], place: int, shard_tokens: int) -> None:
+    """Write ``ids`` from ``place`` in the stream on; a full shard is followed by the next."""
+    little = ids.astype(ids.dtype.newbyteorder("<"), copy=False)
+    while len(little):
+        number, used = divmod(place, shard_tokens)
+        path, part = directory / shard_name(number), little[: shard_tokens - used]
+        with naming(path), path.open("ab" if used else "wb") as file:
+            file.write(part.tobytes())
+        place, little = place + len(part), little[len(part) :]
 
 
 def shard_name(number: int) -> str:
@@ -190,8 +164,7 @@ class Tokens:
         size = self.index.shard_tokens
         places = starts[:, None] + np.arange(length)
         if len(self._shards) == 1:
-            gathered: npt.NDArray[np.int64] = self._shards[0][places].astype(np.int64)
-            return gathered
+            return np.array(self._shards[0][places], dtype=np.int64)
         result = np.empty(places.shape, dtype=np.int64)
         shards = places // size
         for number in np.unique(shards):

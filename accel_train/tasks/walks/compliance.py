@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from accel_train.tasks.walks.graph import Graph
-from accel_train.tasks.walks.rules import Rule
+from accel_train.tasks.walks.graph import Graph, Rule
 
 CHUNK_TOKENS = 1 << 20
 """Tokens judged at once."""

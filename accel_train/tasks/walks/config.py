@@ -126,37 +126,20 @@ class WalksConfig:
         context, batch = config.model.max_seq_len, config.training.batch_size
         graph, rules, gate = self.graph, self.rules, self.gate
         block = graph.n // graph.K
-        check(
-            rules.jumpers_per_block <= block,
-            "walks.rules.jumpers_per_block",
-            rules.jumpers_per_block,
-            f"exceeds the {block} vertices of a block (walks.graph.n / walks.graph.K)",
-        )
-        check(
-            self.walk_length > context,
-            "walks.walk_length",
-            self.walk_length,
-            f"is shorter than model.max_seq_len + 1 = {context + 1}; use longer walks or a shorter context",
-        )
+        rule = f"exceeds the {block} vertices of a block (walks.graph.n / walks.graph.K)"
+        jumpers = rules.jumpers_per_block
+        check(jumpers <= block, "walks.rules.jumpers_per_block", jumpers, rule)
+        rule = f"is shorter than model.max_seq_len + 1 = {context + 1}; use longer walks or a shorter context"
+        check(self.walk_length > context, "walks.walk_length", self.walk_length, rule)
         chunks = self.num_walks * (self.walk_length // (context + 1))
-        check(
-            chunks >= batch,
-            "walks.num_walks",
-            self.num_walks,
-            f"gives {chunks} training samples, fewer than training.batch_size = {batch}; "
-            "use more walks or a smaller batch",
-        )
-        check(
-            gate.prompt_length <= context,
-            "walks.gate.prompt_length",
-            gate.prompt_length,
-            f"leaves nothing to generate inside model.max_seq_len = {context}; use a shorter prompt",
+        rule = f"gives {chunks} training samples, fewer than training.batch_size = {batch}"
+        cure = "use more walks or a smaller batch"
+        check(chunks >= batch, "walks.num_walks", self.num_walks, f"{rule}; {cure}")
+        rule = f"leaves nothing to generate inside model.max_seq_len = {context}; use a shorter prompt"
+        check(gate.prompt_length <= context, "walks.gate.prompt_length", gate.prompt_length, rule)
+        rule = (
+            f"is a jump longer than the context (model.max_seq_len = {context}), which walks.gate.unscorable_rules = "
+            "'error' forbids; shorten the jump or lengthen the context"
         )
         for length in rules.lengths(context) if gate.unscorable_rules == "error" else ():
-            check(
-                length <= context,
-                rules.source,
-                length,
-                f"is a jump longer than the context (model.max_seq_len = {context}), which "
-                "walks.gate.unscorable_rules = 'error' forbids; shorten the jump or lengthen the context",
-            )
+            check(length <= context, rules.source, length, rule)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,7 @@ from accel_train.process.work import WorkContext
 from accel_train.tasks.walks.compliance import scorable_rules
 from accel_train.tasks.walks.config import WalksConfig
 from accel_train.tasks.walks.generator import generate_walks
-from accel_train.tasks.walks.graph import Graph, generate_graph
-from accel_train.tasks.walks.rules import Rule, designate_rules
+from accel_train.tasks.walks.graph import Graph, Rule, designate_rules, generate_graph
 
 # Part of the cache key: raise it when the same configuration would give other walks.
 _CORPUS_VERSION = 1
@@ -44,35 +44,30 @@ class WalkCorpus:
 
     def __init__(self, section: WalksConfig, context: int, seed: int) -> None:
         self._section, self._context, self._seed = section, context, seed
-        self._directory = Path()
-        self._graph: Graph | None = None
-        self._graph_seconds = 0.0
-        self._rules: tuple[Rule, ...] = ()
+        self.directory = Path()
+        """Where the walks lie; after :meth:`open`."""
         self.held_out: Walks = np.empty((0, 0), np.uint16)
         """Walks that the gate's prompts are the beginnings of; after :meth:`open`."""
         self.walks: Walks = np.empty((0, 0), np.uint16)
         """Walks for training; after :meth:`open`."""
 
-    @property
-    def directory(self) -> Path:
-        """Where the walks lie; after :meth:`open`."""
-        return self._directory
+    @cached_property
+    def _drawn(self) -> tuple[Graph, tuple[Rule, ...], float]:
+        """Graph, rules, and the seconds that they took."""
+        started = time.perf_counter()
+        graph = generate_graph(self._section.graph, self.stream_seed(_GRAPH))
+        rules = designate_rules(graph, self._section.rules, self._context, self.stream_seed(_RULES))
+        return graph, rules, time.perf_counter() - started
 
     @property
     def graph(self) -> Graph:
         """The graph, drawn at first use."""
-        if self._graph is None:
-            started = time.perf_counter()
-            self._graph = generate_graph(self._section.graph, self.stream_seed(_GRAPH))
-            self._rules = designate_rules(self._graph, self._section.rules, self._context, self.stream_seed(_RULES))
-            self._graph_seconds = time.perf_counter() - started
-        return self._graph
+        return self._drawn[0]
 
     @property
     def rules(self) -> tuple[Rule, ...]:
         """All rules of the graph."""
-        _ = self.graph
-        return self._rules
+        return self._drawn[1]
 
     @property
     def scored_rules(self) -> tuple[Rule, ...]:
@@ -104,12 +99,9 @@ class WalkCorpus:
         Raises:
             Interrupted: ``work`` is to stop; nothing half-built is left.
         """
-        graph, section, built = self.graph, self._section, False
-        work.say(
-            "graph",
-            f"{graph.n} vertices in {graph.num_blocks} blocks, {graph.adjacency.nnz:,} edges, {len(self.rules)} rules "
-            f"({self._graph_seconds:.1f} s)",
-        )
+        (graph, rules, seconds), section, built = self._drawn, self._section, False
+        size = f"{graph.n} vertices in {graph.num_blocks} blocks, {graph.adjacency.nnz:,} edges"
+        work.say("graph", f"{size}, {len(rules)} rules ({seconds:.1f} s)")
 
         def build_into(directory: Path) -> None:
             nonlocal built
@@ -118,12 +110,9 @@ class WalkCorpus:
 
         started = time.perf_counter()
         directory = cached(shared, f"walks-{self.key}", build_into, work)
-        verb = "built" if built else "found and verified"
-        work.say(
-            "corpus",
-            f"{section.num_walks:,} walks of {section.walk_length} {verb} as "
-            f"{directory.parent.name}/{directory.name} ({time.perf_counter() - started:.1f} s)",
-        )
+        found = f"{'built' if built else 'found and verified'} as {directory.parent.name}/{directory.name}"
+        took = f"{time.perf_counter() - started:.1f} s"
+        work.say("corpus", f"{section.num_walks:,} walks of {section.walk_length} {found} ({took})")
         return directory
 
     def _write(self, directory: Path, work: WorkContext) -> None:
@@ -133,16 +122,11 @@ class WalkCorpus:
             ("held_out", _HELD_OUT, section.gate.num_sequences, self._context + 1),
         ):
             with Meter(f"{name} walks", count, work.saying("corpus"), unit="") as meter:
-                result = generate_walks(
-                    self.graph,
-                    self.rules,
-                    count,
-                    length,
-                    self.stream_seed(stream),
-                    should_stop=work.should_stop,
-                    progress=meter.reach,
-                )
-            np.save(directory / f"{name}.npy", result.walks)
+                seed = self.stream_seed(stream)
+                walks = generate_walks(
+                    self.graph, self.rules, count, length, seed, should_stop=work.should_stop, progress=meter.reach
+                ).walks
+            np.save(directory / f"{name}.npy", walks)
         save_npz(directory / "graph.npz", self.graph.adjacency)
         np.save(directory / "blocks.npy", self.graph.block_assignments)
         rules = [asdict(rule) for rule in self.rules]
@@ -154,11 +138,11 @@ class WalkCorpus:
         Raises:
             CorpusError: a file is no array of numbers.
         """
-        self._directory = directory
+        self.directory = directory
         self.walks, self.held_out = self._load("train.npy"), self._load("held_out.npy")
 
     def _load(self, name: str) -> Walks:
-        path = self._directory / name
+        path = self.directory / name
         try:
             walks: Walks = np.load(path, mmap_mode="r", allow_pickle=False)
         except ValueError as error:

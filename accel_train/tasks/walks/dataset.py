@@ -46,8 +46,7 @@ class WalkDataset(StreamDataset):
         length = self._walks.shape[1]
         row = first // length
         rows = self._walks[row : -(-last // length)].reshape(-1)
-        tokens: npt.NDArray[np.int64] = rows[first - row * length : last - row * length].astype(np.int64)
-        return tokens
+        return np.array(rows[first - row * length : last - row * length], dtype=np.int64)
 
     def starts(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the position in the stream of the first token of each of these samples, ``(batch,)``."""
@@ -58,5 +57,4 @@ class WalkDataset(StreamDataset):
 
     def _gather(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         walk, chunk = np.divmod(ids, self.chunks_per_walk)
-        tokens: npt.NDArray[np.int64] = self._chunks[walk, chunk].astype(np.int64)
-        return tokens
+        return np.array(self._chunks[walk, chunk], dtype=np.int64)

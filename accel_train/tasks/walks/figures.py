@@ -27,15 +27,9 @@ def draw_compliance(axes: Axes, record: Mapping[str, Any]) -> None:
         values = numbers(record["curves"][f"{label}_compliance"])
         threshold = gate[f"{label}_threshold"]
         axes.axhline(threshold, color=color, linestyle="--", linewidth=1.1, alpha=0.8)
-        axes.text(
-            1.01,  # outside the axes, where no curve passes
-            threshold,
-            f"{label} > {threshold:g}",
-            transform=axes.get_yaxis_transform(),
-            va="center",
-            fontsize=8,
-            color=color,
-        )
+        name, transform = f"{label} > {threshold:g}", axes.get_yaxis_transform()
+        # Outside the axes, where no curve passes.
+        axes.text(1.01, threshold, name, transform=transform, va="center", fontsize=8, color=color)
         if values:
             curve(axes, values, color, marker, f"{label} compliance")
         count = max(count, len(values))

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array, diags_array
 
 from accel_train.errors import ConfigError, Interrupted
-from accel_train.tasks.walks.graph import Graph
-from accel_train.tasks.walks.rules import Rule
+from accel_train.process.work import StopCheck, never
+from accel_train.tasks.walks.graph import Graph, Rule
 
 Vertices = NDArray[np.intp]
 
@@ -67,8 +67,8 @@ def generate_walks(
     walk_length: int,
     seed: int,
     *,
-    should_stop: Callable[[], bool] | None = None,
-    progress: Callable[[int], None] | None = None,
+    should_stop: StopCheck = never,
+    progress: Callable[[int], None] = lambda _finished: None,
 ) -> WalkResult:
     """Draw walks from uniformly drawn first vertices in which every rule met is obeyed.
 
@@ -89,7 +89,7 @@ def generate_walks(
         ValueError: two rules have one vertex, or a rule's target cannot be reached from its vertex.
     """
     check = _poller(should_stop)
-    guide = _Guide.build(graph, rules, check)
+    guide = _Guide(graph, rules, check)
     rng = np.random.default_rng(seed)
     walks = np.empty((num_walks, walk_length), dtype=np.uint16)
     done = attempts = accepted = 0
@@ -100,17 +100,15 @@ def generate_walks(
         attempts += size
         accepted += finished.shape[1]
         if attempts >= 100 / MIN_ACCEPTANCE and accepted < MIN_ACCEPTANCE * attempts:
-            raise ConfigError(
-                "walks.rules.jumpers_per_block",
-                len(rules) // graph.num_blocks,
+            rule = (
                 f"gives rules that contradict each other: {accepted} of {attempts} walks of {walk_length} vertices "
-                "could be finished; use fewer jumpers, longer jumps, shorter walks or a denser graph",
+                "could be finished; use fewer jumpers, longer jumps, shorter walks or a denser graph"
             )
+            raise ConfigError("walks.rules.jumpers_per_block", len(rules) // graph.num_blocks, rule)
         used = min(finished.shape[1], num_walks - done)
         walks[done : done + used] = finished[:, :used].T
         done += used
-        if progress is not None:
-            progress(done)
+        progress(done)
     return WalkResult(walks, attempts, accepted)
 
 
@@ -126,7 +124,7 @@ def random_walks(graph: Graph, prompts: NDArray[np.integer], length: int, seed: 
     Returns:
         ``(num, length)`` uint16 walks that begin with the prompts.
     """
-    guide = _Guide.build(graph, (), _poller(None))
+    guide = _Guide(graph, (), _poller(never))
     rng = np.random.default_rng(seed)
     num, given = prompts.shape
     walks = np.empty((num, length), dtype=np.uint16)
@@ -138,13 +136,13 @@ def random_walks(graph: Graph, prompts: NDArray[np.integer], length: int, seed: 
     return walks
 
 
-def _poller(should_stop: Callable[[], bool] | None) -> Callable[[], None]:
+def _poller(should_stop: StopCheck) -> Callable[[], None]:
     """A function to be called often, which asks ``should_stop`` now and then and raises if it is told to."""
     due = 0.0
 
     def check() -> None:
         nonlocal due
-        if should_stop is not None and time.monotonic() >= due:
+        if time.monotonic() >= due:
             if should_stop():
                 raise Interrupted("the walks were not finished")
             due = time.monotonic() + POLL_SECONDS
@@ -183,7 +181,6 @@ def _draw_pass(
     return walks[:, alive]
 
 
-@dataclass(frozen=True, eq=False)
 class _Guide:
     """Tables for one graph and its rules.
 
@@ -200,6 +197,8 @@ class _Guide:
         target: ``(rules + 1,)`` target block of each rule.
         horizon: steps before a deadline from which it steers.
         num_blocks: K.
+        last_step: levels above this one meet their deadline with the next step.
+        level_dtype: smallest type that holds every level.
         weight: ``(levels + 1, n)`` weight of stepping to a vertex.
         possible: ``(levels + 1, n)`` whether the level's deadline can be met from a vertex.
         cumulative: ``(levels, edges)`` float32 cumulative probability of each vertex's neighbours.
@@ -207,66 +206,27 @@ class _Guide:
             at which the search begins (guide table, Chen and Asau 1974): a draw takes about one comparison.
     """
 
-    degree: NDArray[np.float32]
-    first: Vertices
-    neighbours: Vertices
-    rule: Vertices
-    jumper: NDArray[np.bool_]
-    jump: Vertices
-    target: Vertices
-    horizon: int
-    num_blocks: int
-    weight: NDArray[np.float64]
-    possible: NDArray[np.bool_]
-    cumulative: NDArray[np.float32]
-    shortcut: NDArray[np.uint16]
-
-    @classmethod
-    def build(cls, graph: Graph, rules: Sequence[Rule], check: Callable[[], None]) -> _Guide:
-        n, num_blocks = graph.n, graph.num_blocks
-        rule = np.zeros(n, dtype=np.intp)
-        rule[[r.vertex for r in rules]] = np.arange(1, len(rules) + 1)
-        jump = np.array([0, *(r.jump_length for r in rules)], dtype=np.intp)
-        target = np.array([0, *(r.target_block for r in rules)], dtype=np.intp)
+    def __init__(self, graph: Graph, rules: Sequence[Rule], check: Callable[[], None]) -> None:
+        self.n, self.num_blocks = graph.n, graph.num_blocks
         adjacency = graph.adjacency.astype(np.float64)
-        weight, possible = _conditioned_walk(adjacency, graph.block_assignments, num_blocks, int(jump.max()))
-        first = adjacency.indptr[:-1].astype(np.intp)
-        neighbours = adjacency.indices.astype(np.intp)
-        cumulative, shortcut = _inverse_tables(weight, first, neighbours, check)
-        guide = cls(
-            degree=np.diff(adjacency.indptr).astype(np.float32),
-            first=first,
-            neighbours=neighbours,
-            rule=rule,
-            jumper=rule > 0,
-            jump=jump,
-            target=target,
-            horizon=len(cumulative) // num_blocks,
-            num_blocks=num_blocks,
-            weight=weight,
-            possible=possible,
-            cumulative=cumulative,
-            shortcut=shortcut,
-        )
+        self.degree = np.diff(adjacency.indptr).astype(np.float32)
+        self.first: Vertices = adjacency.indptr[:-1].astype(np.intp)
+        self.neighbours: Vertices = adjacency.indices.astype(np.intp)
+        self.rule = np.zeros(self.n, dtype=np.intp)
+        self.rule[[r.vertex for r in rules]] = np.arange(1, len(rules) + 1)
+        self.jumper = self.rule > 0
+        self.jump = np.array([0, *(r.jump_length for r in rules)], dtype=np.intp)
+        self.target = np.array([0, *(r.target_block for r in rules)], dtype=np.intp)
+        self.weight, self.possible = _conditioned_walk(graph, adjacency, int(self.jump.max()))
+        self.cumulative, self.shortcut = _inverse_tables(self.weight, self.first, self.neighbours, check)
+        self.horizon = len(self.cumulative) // self.num_blocks
+        self.last_step = (self.horizon - 1) * self.num_blocks
+        self.level_dtype = np.min_scalar_type(self.horizon * self.num_blocks)
         for number, r in enumerate(rules, start=1):
-            if rule[r.vertex] != number:
+            if self.rule[r.vertex] != number:
                 raise ValueError(f"{r} has the vertex of another rule; give each vertex one rule")
-            if not possible[guide.urgency(min(r.jump_length, guide.horizon), r.target_block), r.vertex]:
+            if not self.possible[self.urgency(min(r.jump_length, self.horizon), r.target_block), r.vertex]:
                 raise ValueError(f"{r} cannot be met: no path of that length leads there")
-        return guide
-
-    @property
-    def n(self) -> int:
-        return self.degree.size
-
-    @property
-    def last_step(self) -> int:
-        """Levels above this one meet their deadline with the next step."""
-        return (self.horizon - 1) * self.num_blocks
-
-    @property
-    def level_dtype(self) -> np.dtype[np.unsignedinteger]:
-        return np.min_scalar_type(self.horizon * self.num_blocks)
 
     def urgency(self, remaining: Any, block: Any) -> Any:
         """The level that heads for a block, to be reached in so many steps."""
@@ -334,7 +294,7 @@ class _Guide:
 
 
 def _conditioned_walk(
-    adjacency: csr_array, block_assignments: NDArray[np.int64], num_blocks: int, max_jump: int
+    graph: Graph, adjacency: csr_array, max_jump: int
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """The ``weight`` and ``possible`` tables of :class:`_Guide`.
 
@@ -343,11 +303,11 @@ def _conditioned_walk(
     weights ``h_(r-1)`` and is possible where ``h_r > 0``.
     """
     uniform = diags_array(1.0 / np.diff(adjacency.indptr)) @ adjacency
-    meets = [(block_assignments[:, None] == np.arange(num_blocks)).astype(np.float64)]
+    meets = [(graph.block_assignments[:, None] == np.arange(graph.num_blocks)).astype(np.float64)]
     while len(meets) <= max_jump and meets[-1].min() < 1.0 - NEARLY_CONSTANT:
         ahead = uniform @ meets[-1]
         meets.append(ahead / ahead.max(axis=0))
-    free = np.ones((1, len(block_assignments)))
+    free = np.ones((1, graph.n))
     weight = np.vstack([free, *(h.T for h in reversed(meets[:-1]))])
     possible = np.vstack([free, *(h.T for h in reversed(meets[1:]))]) > 0
     return weight, possible

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -62,7 +63,6 @@ class WalksTask(Task):
         self._gate = self._section.gate
         self._context = config.model.max_seq_len
         self.corpus = WalkCorpus(self._section, self._context, config.seed)
-        self._blind: Compliance | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -96,23 +96,21 @@ class WalksTask(Task):
                 field = f"walks.gate.{criterion.metric.removesuffix('_compliance')}_threshold"
                 raise ConfigError(field, criterion.threshold, "can never be exceeded; choose a value below 1")
         if not self.corpus.scored_rules:
-            raise ConfigError(
-                rules.source,
-                rules.lengths(context),
-                f"leaves no jump inside the context (model.max_seq_len = {context}), so the gate could "
-                "never be passed; shorten the jumps or lengthen the context",
+            rule = (
+                f"leaves no jump inside the context (model.max_seq_len = {context}), so the gate could never be "
+                "passed; shorten the jumps or lengthen the context"
             )
+            raise ConfigError(rules.source, rules.lengths(context), rule)
         jumps = {rule.jump_length for rule in self.corpus.scored_rules}
         deadlines = range(gate.prompt_length, context + 1)
         # At one place of a sequence stands one vertex, so of each length one visit can come due there.
         most = gate.num_sequences * sum(jump <= deadline for jump in jumps for deadline in deadlines)
         if gate.min_rule_checks > most:
-            raise ConfigError(
-                "walks.gate.min_rule_checks",
-                gate.min_rule_checks,
+            rule = (
                 f"can never be met: {gate.num_sequences} sequences of {context + 1} tokens, {gate.prompt_length} of "
-                f"them prompt, hold at most {most} rule checks; lower it or raise walks.gate.num_sequences",
+                f"them prompt, hold at most {most} rule checks; lower it or raise walks.gate.num_sequences"
             )
+            raise ConfigError("walks.gate.min_rule_checks", gate.min_rule_checks, rule)
 
     def build(self, shared: Path, work: WorkContext) -> str:
         """Build the walks under ``shared``, or verify and reuse them; see :meth:`WalkCorpus.build`."""
@@ -141,7 +139,7 @@ class WalksTask(Task):
                     f"and {figures.rule_passed} of {figures.rule_checks} rule visits hold; delete "
                     f"{self.corpus.directory} and run the same command again"
                 )
-        blind = self._blind_compliance()
+        blind = self._blind
         excluded = [asdict(rule) for rule in rules if rule not in self.corpus.scored_rules]
         enough = ceiling.rule_checks >= gate.min_rule_checks
         warnings = []
@@ -192,7 +190,7 @@ class WalksTask(Task):
         continued = self._continue(model, 0.0, work.should_stop)
         greedy = self._score(continued)
         sampled = self._score(self._continue(model, 1.0, work.should_stop))
-        blind = self._blind_compliance()
+        blind = self._blind
         metrics: dict[str, float | None] = {
             "edge_compliance": greedy.edge_compliance,
             "rule_compliance": greedy.rule_compliance,
@@ -201,29 +199,17 @@ class WalksTask(Task):
             "rule_blind_compliance": blind.rule_compliance,
             "rule_lift": _difference(greedy.rule_compliance, blind.rule_compliance),
         }
-        thin = []
-        if greedy.rule_checks < gate.min_rule_checks:
-            thin.append(
-                f"too few rule checks: {greedy.rule_checks}, walks.gate.min_rule_checks is {gate.min_rule_checks}"
-            )
-        verdict = judge(
-            self.criteria,
-            metrics,
-            evidence={
-                **_figures(greedy),
-                "distinct_transitions": self._distinct_transitions(continued),
-                "rules": [
-                    {**asdict(rule), "checks": int(checks), "passed": int(passed)}
-                    for rule, checks, passed in zip(
-                        self.corpus.scored_rules, greedy.checks_per_rule, greedy.passed_per_rule, strict=True
-                    )
-                ],
-                "sampled": _figures(sampled),
-                "rule_blind": _figures(blind),
-            },
-            too_thin=thin,
-        )
-        return Evaluation(verdict)
+        counts = zip(self.corpus.scored_rules, greedy.checks_per_rule, greedy.passed_per_rule, strict=True)
+        evidence = {
+            **_figures(greedy),
+            "distinct_transitions": self._distinct_transitions(continued),
+            "rules": [{**asdict(rule), "checks": int(met), "passed": int(kept)} for rule, met, kept in counts],
+            "sampled": _figures(sampled),
+            "rule_blind": _figures(blind),
+        }
+        few = f"too few rule checks: {greedy.rule_checks}, walks.gate.min_rule_checks is {gate.min_rule_checks}"
+        thin = [few] if greedy.rule_checks < gate.min_rule_checks else []
+        return Evaluation(judge(self.criteria, metrics, evidence=evidence, too_thin=thin))
 
     # -- the record and the model in use ---------------------------------------------------
 
@@ -271,14 +257,11 @@ class WalksTask(Task):
         scored = walks[:, self._gate.prompt_length - 1 :].astype(np.int64)
         return int(np.unique(scored[:, :-1] * self.vocab_size + scored[:, 1:]).size)
 
-    def _blind_compliance(self) -> Compliance:
+    @cached_property
+    def _blind(self) -> Compliance:
         """A uniform random walk from the same prompts: what compliance comes by accident."""
-        if self._blind is None:
-            prompts = self.corpus.held_out[:, : self._gate.prompt_length]
-            self._blind = self._score(
-                random_walks(self.corpus.graph, prompts, self._context + 1, self.corpus.stream_seed(BLIND))
-            )
-        return self._blind
+        prompts = self.corpus.held_out[:, : self._gate.prompt_length]
+        return self._score(random_walks(self.corpus.graph, prompts, self._context + 1, self.corpus.stream_seed(BLIND)))
 
 
 def _figures(compliance: Compliance) -> dict[str, Any]:

@@ -76,8 +76,9 @@ def test_another_part_than_was_asked_for_is_not_put_in_its_place(tmp_path: Path)
         (stalls(b"some"), "no answer for 0.5 s", 3),
         (redirects(lambda request: request.path), "redirects in a circle", None),
         (redirects(lambda _: "file:///etc/passwd"), "check the address", 1),
+        (redirects(lambda _: "ftp://127.0.0.1/corpus.txt"), "leads to an address that is not http", 1),
     ],
-    ids=["404", "403", "500", "503", "truncated", "stalled", "circle", "to a file"],
+    ids=["404", "403", "500", "503", "truncated", "stalled", "circle", "to a file", "to ftp"],
 )
 def test_what_went_wrong_is_said(tmp_path: Path, answer, says: str, requests: int | None) -> None:
     with Web(answer) as web:

@@ -196,7 +196,7 @@ def test_a_stop_in_any_phase_leaves_nothing_half_built(tmp_path: Path) -> None:
 
 def test_training_and_validation_share_no_token(shared: Path) -> None:
     task = opened(shared)
-    train, val = task._windows
+    train, val = task._train, task._val
     taken = [set(), set()]
     for dataset, seen in ((train, taken[0]), (val, taken[1])):
         place = np.searchsorted(dataset._first, np.arange(len(dataset)), side="right") - 1
@@ -209,17 +209,16 @@ def test_training_and_validation_share_no_token(shared: Path) -> None:
 
 def test_a_fixed_number_of_batches_is_spread_over_the_held_out_part(shared: Path) -> None:
     whole, some = opened(shared), opened(shared, config(val_batches=3))
-    assert len(whole.validation()["val"]) == len(whole._windows[1])
+    assert len(whole.validation()["val"]) == len(whole._val)
     indices = some.validation()["val"].indices
     assert len(indices) == 3 * 4
     assert indices == sorted(set(indices))
-    assert indices[-1] > 0.8 * len(some._windows[1])
+    assert indices[-1] > 0.8 * len(some._val)
 
 
 def test_bits_per_byte_are_those_of_the_held_out_text(shared: Path) -> None:
     task = opened(shared)
-    _, val = task._windows
-    _, targets = val.__getitems__(np.arange(len(val)))
+    _, targets = task._val.__getitems__(np.arange(len(task._val)))
     text = b"".join(
         task.tokenizer._tokenizer.id_to_token(int(t)).encode("latin1", "replace") for t in targets.flatten()
     )
@@ -229,9 +228,10 @@ def test_bits_per_byte_are_those_of_the_held_out_text(shared: Path) -> None:
 
 
 def test_stride_lets_windows_overlap(shared: Path) -> None:
-    apart, overlapping = (opened(shared, config(stride=stride))._windows for stride in (None, CONTEXT // 2))
-    assert overlapping[0][1][0].tolist() == [*apart[0][0][0][CONTEXT // 2 :], *apart[0][1][0][: CONTEXT // 2]]
-    assert len(overlapping[1]) == len(apart[1]), "what is held out is not counted twice"
+    apart, overlapping = (opened(shared, config(stride=stride)) for stride in (None, CONTEXT // 2))
+    first, second = apart._train[0][0], apart._train[1][0]
+    assert overlapping._train[1][0].tolist() == [*first[CONTEXT // 2 :], *second[: CONTEXT // 2]]
+    assert len(overlapping._val) == len(apart._val), "what is held out is not counted twice"
 
 
 GUTENBERG = (

@@ -9,8 +9,7 @@ from accel_train.tasks.walks import compliance
 from accel_train.tasks.walks.compliance import scorable_rules, score, wilson_interval
 from accel_train.tasks.walks.config import GraphConfig, RulesConfig
 from accel_train.tasks.walks.generator import generate_walks
-from accel_train.tasks.walks.graph import generate_graph
-from accel_train.tasks.walks.rules import Rule, designate_rules
+from accel_train.tasks.walks.graph import Rule, designate_rules, generate_graph
 
 GRAPH = generate_graph(GraphConfig(n=12, K=3, p_in=0.6, p_out=0.4, degree_exponent=0.5, max_attempts=100), seed=0)
 RULES = designate_rules(GRAPH, RulesConfig(jump_lengths=(2, 3, 5)), 64, seed=0)

@@ -12,8 +12,7 @@ from accel_train.tasks.walks import generator
 from accel_train.tasks.walks.compliance import score
 from accel_train.tasks.walks.config import GraphConfig, RulesConfig
 from accel_train.tasks.walks.generator import generate_walks, random_walks
-from accel_train.tasks.walks.graph import generate_graph
-from accel_train.tasks.walks.rules import Rule, designate_rules
+from accel_train.tasks.walks.graph import Rule, designate_rules, generate_graph
 
 GRAPH = generate_graph(GraphConfig(n=24, K=3, p_in=0.6, p_out=0.3, max_attempts=100), seed=0)
 RULES = designate_rules(GRAPH, RulesConfig(jump_lengths=(2, 3, 7)), 64, seed=0)
