@@ -50,7 +50,6 @@ class RunDirectory:
         self.config = config
         self.init_digest = init_digest
         self.config_hash = config_hash(config, init_digest)
-        self.experiment_id = experiment_id(config, init_digest)
         self.path = run_directory(config, init_digest)
         self._lock: RunLock | None = None
 

@@ -10,24 +10,24 @@ from __future__ import annotations
 import importlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from accelerate import Accelerator
 
 from accel_train.files.atomic import write_atomic
 from accel_train.model.size import count_parameters
 from accel_train.process.console import say
 from accel_train.process.stopwatch import Stopwatch
 from accel_train.process.work import WorkContext
+from accel_train.runs.directory import RunDirectory
 from accel_train.runs.metrics_log import METRICS_FILE, SAMPLES_DIRECTORY, MetricsLog, cut_back_samples
 from accel_train.runs.provenance import timestamp
 from accel_train.runs.record import CriterionResult, RunRecord, new_record, write_record
 from accel_train.tasks.base import Task
 from accel_train.training.callbacks import Callback, LoopState
-
-if TYPE_CHECKING:
-    from accel_train.runs.directory import RunDirectory
-    from accel_train.training.trainer import Trainer
+from accel_train.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Recorder(Callback):
     """
 
     def __init__(self, directory: RunDirectory, task: Task, command: Sequence[str], work: WorkContext) -> None:
-        self._directory, self._task, self._command, self._work = directory, task, list(command), work
+        self.directory, self._task, self._command, self._work = directory, task, list(command), work
         self.clock = Stopwatch()
         """Seconds of the phases before and after training."""
         self._record: RunRecord | None = None
@@ -69,16 +69,8 @@ class Recorder(Callback):
         if found is not None and self._was_completed:
             self._record = found
             return
-        directory = self._directory
-        self._record = new_record(
-            directory.config,
-            self._task,
-            experiment_id=directory.experiment_id,
-            config_hash=directory.config_hash,
-            init_digest=directory.init_digest,
-            command=self._command,
-            earlier=found,
-        )
+        config, digest = self.directory.config, self.directory.init_digest
+        self._record = new_record(config, self._task, init_digest=digest, command=self._command, earlier=found)
         if found is not None:
             self._earlier, self._marks = dict(found.timing.seconds), list(found.timing.evaluations)
         self._write()
@@ -106,7 +98,7 @@ class Recorder(Callback):
         training = self._trainer.state if self._trainer is not None else None
         due = training is not None and training.evaluation_due
         logged = self._metrics.cut_back(state.step, evaluation_due=due)
-        cut_back_samples(self._directory.path / SAMPLES_DIRECTORY, state.step)
+        cut_back_samples(self.directory.path / SAMPLES_DIRECTORY, state.step)
         done = {each["step"] for each in training.evaluations} if training is not None else set()
         self._marks = [mark for mark in self._marks if mark["step"] in done]
         if state.step or logged:
@@ -118,7 +110,9 @@ class Recorder(Callback):
 
     def on_log(self, state: LoopState, line: dict[str, Any]) -> None:
         """Append the line, with the run's identity."""
-        self._append(line)
+        record, commit = self.record, self.record.provenance.git_commit
+        identity = {"run_id": record.run_id, "config_hash": record.config_hash, "git_commit": commit}
+        self._metrics.append({**identity, "time": timestamp(), **line})
 
     def on_evaluate(self, state: LoopState, evaluation: dict[str, Any]) -> None:
         """Append the evaluation's figures and its first sample; all samples go into a file of their own."""
@@ -129,7 +123,7 @@ class Recorder(Callback):
         if "val_loss" in evaluation.get("metrics", {}) and self._trainer is not None:
             # Beside each other in one line, for whoever watches them part.
             line["loss"] = self._trainer.state.train_loss[-1]
-        self._append({**line, **evaluation.get("metrics", {})})
+        self.on_log(state, {**line, **evaluation.get("metrics", {})})
         if self._trainer is not None:
             seconds = self._earlier.get("training", 0.0) + self._trainer.clock.so_far("training")
             self._marks.append({"step": evaluation["step"], "training_seconds": seconds})
@@ -161,7 +155,7 @@ class Recorder(Callback):
             self._draw()
 
     def _draw(self) -> None:
-        path = self._directory.path / FIGURE
+        path = self.directory.path / FIGURE
         try:
             # Imported here: matplotlib takes longer than the rest of the start-up, on every rank.
             figures = importlib.import_module("accel_train.runs.figures")
@@ -248,18 +242,41 @@ class Recorder(Callback):
         timing.evaluations = list(self._marks)
 
     def _write_samples(self, name: str, samples: Sequence[str]) -> None:
-        path = self._directory.path / SAMPLES_DIRECTORY / name
+        path = self.directory.path / SAMPLES_DIRECTORY / name
         path.parent.mkdir(exist_ok=True)
         write_atomic(path, "\n\n".join(samples).encode() + b"\n")
 
-    def _append(self, line: dict[str, Any]) -> None:
-        record = self.record
-        identity = {
-            "run_id": record.run_id,
-            "config_hash": record.config_hash,
-            "git_commit": record.provenance.git_commit,
-        }
-        self._metrics.append({**identity, "time": timestamp(), **line})
-
     def _write(self) -> None:
-        write_record(self._directory.path, self.record, self._work.reached)
+        write_record(self.directory.path, self.record, self._work.reached)
+
+
+class Trackers(Callback):
+    """Sends every log line and every evaluation to Accelerate's trackers.
+
+    Args:
+        accelerator: made with the trackers.
+        project: project name given to them.
+        config: hyperparameters, as nested JSON values.
+    """
+
+    def __init__(self, accelerator: Accelerator, project: str, config: Mapping[str, Any]) -> None:
+        self._accelerator = accelerator
+        accelerator.init_trackers(project, dict(_flat(config)))
+
+    def on_log(self, state: LoopState, line: dict[str, Any]) -> None:
+        """Send the figures of a log interval."""
+        self._accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+
+    def on_evaluate(self, state: LoopState, evaluation: dict[str, Any]) -> None:
+        """Send the figures of an evaluation."""
+        figures = {k: v for k, v in evaluation.get("metrics", {}).items() if v is not None}
+        self._accelerator.log(figures, step=evaluation["step"])
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int | float | str]]:
+    """Dotted names and plain values, as trackers want their hyperparameters."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value if isinstance(value, int | float | str) else str(value)

@@ -20,9 +20,8 @@ from accel_train.model.transformer import TransformerLM
 from accel_train.process.work import SILENT
 from accel_train.runs.directory import CONFIG_FILE, read_config
 from accel_train.runs.initial_weights import build_model
-from accel_train.runs.judge import Judge
 from accel_train.runs.record import read_record
-from accel_train.tasks.base import GenerationOptions, Task
+from accel_train.tasks.base import GenerationOptions, Task, Trained
 from accel_train.tasks.registry import build_task
 from accel_train.training.evaluation import Share, mean_loss
 from accel_train.training.losses import fused_cross_entropy
@@ -84,7 +83,7 @@ def evaluate(run_dir: Path) -> dict[str, Any]:
     task.check(SILENT)
     task.open(task.build(run.shared, SILENT))
     require_data(saved_data(run.checkpoint), task.digests(), run.step, "judge a run that was trained on this")
-    model, judge = _model_of(run, task), Judge(task)
+    model = _model_of(run, task)
     alone = Share(run.config.training.batch_size)
     device = next(model.parameters()).device
     losses = {
@@ -92,10 +91,10 @@ def evaluate(run_dir: Path) -> dict[str, Any]:
         for name, dataset in task.validation().items()
     }
     model.eval()
-    evaluation = judge.evaluate(model, losses, SILENT)
+    evaluation = task.evaluate(model, losses, SILENT).to_dict()
     epoch_losses = read_record(run_dir).gate.evidence.get("epoch_losses", [])
-    concluded = judge.conclude(model, run.checkpoint, evaluation, epoch_losses, SILENT)
-    verdict = {name: value for name, value in (concluded or evaluation).items() if name != "stop"}
+    concluded = task.conclude(Trained(model, run.checkpoint, evaluation, epoch_losses), SILENT)
+    verdict = evaluation if concluded is None else concluded.to_dict()
     return {"run": str(run_dir), "step": run.step, **verdict}
 
 
