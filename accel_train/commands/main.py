@@ -21,8 +21,8 @@ from accel_train.errors import EXIT_FAILED, EXIT_USAGE, RunError
 from accel_train.process.work import pass_by
 
 LAST_WORDS_SECONDS = 10.0
-_WHOLE_LINE = {"train": "accel_train.commands.train", "pipeline": "accel_train.pipeline.command"}
-"""Commands that read their options themselves, with the module whose ``main`` does."""
+_MODULES = {"runs": "runs", "checkpoints": "runs", "evaluate": "use", "generate": "use"}
+"""Module of this folder whose function of the same name is the command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["train"]:
         return train_main(arguments[1:], command=["accel-train", *arguments])
     if arguments[:1] == ["pipeline"]:
-        code: int = importlib.import_module(_WHOLE_LINE["pipeline"]).main(arguments[1:])
+        code: int = importlib.import_module("accel_train.pipeline.command").main(arguments[1:])
         return code
     return guarded(lambda: _run_command(_parser().parse_args(arguments)))
 
@@ -50,7 +50,7 @@ def train_main(
         reached: hears of every fault point.
     """
     options = list(sys.argv[1:] if argv is None else argv)
-    train = importlib.import_module(_WHOLE_LINE["train"])
+    train = importlib.import_module("accel_train.commands.train")
     return guarded(lambda: train.main(options, command=list(command or [sys.argv[0], *options]), reached=reached))
 
 
@@ -87,8 +87,8 @@ class _CommandParser(argparse.ArgumentParser):
 
 
 def _run_command(arguments: argparse.Namespace) -> int:
-    module, _, function = arguments.call.partition(":")
-    code: int = getattr(importlib.import_module(module), function)(arguments)
+    module = importlib.import_module(f"accel_train.commands.{_MODULES[arguments.command]}")
+    code: int = getattr(module, arguments.command)(arguments)
     return code
 
 
@@ -104,7 +104,6 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("pipeline", help="from a corpus to a validated model", add_help=False)
 
     runs = commands.add_parser("runs", help="list runs, or print the status of one")
-    runs.set_defaults(call="accel_train.commands.runs:runs")
     runs.add_argument("results", nargs="?", type=Path, help="results directory (default: results)")
     runs.add_argument("--passed", action="store_true", help="only runs that are completed and passed their gate")
     runs.add_argument(
@@ -115,17 +114,14 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("--json", action="store_true", help="print JSON")
 
     checkpoints = commands.add_parser("checkpoints", help="list the checkpoints of a run and whether they are sound")
-    checkpoints.set_defaults(call="accel_train.commands.runs:checkpoints")
     checkpoints.add_argument("run", type=Path, help="run directory")
     checkpoints.add_argument("--verify", action="store_true", help="read every byte and compare digests")
     checkpoints.add_argument("--json", action="store_true", help="print JSON")
 
     evaluate = commands.add_parser("evaluate", help="judge the newest checkpoint of a run by its gate; prints JSON")
-    evaluate.set_defaults(call="accel_train.commands.use:evaluate")
     evaluate.add_argument("run", type=Path, help="run directory")
 
     generate = commands.add_parser("generate", help="print what the newest checkpoint of a run writes")
-    generate.set_defaults(call="accel_train.commands.use:generate")
     generate.add_argument("run", type=Path, help="run directory")
     generate.add_argument("--num", type=_positive, help="number of sequences (default: walks 5, text 1)")
     text = generate.add_argument_group("runs that continue a text")

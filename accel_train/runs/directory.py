@@ -62,9 +62,8 @@ class RunDirectory:
             Interrupted: ``work`` was told to stop while waiting for the lock.
         """
         self._make()
-        lock = RunLock(self.path, self.config.start.lock_timeout, work, on_lost=_leave_at_once)
-        lock.acquire()
-        self._lock = lock
+        self._lock = RunLock(self.path, self.config.start.lock_timeout, work, on_lost=_leave_at_once)
+        self._lock.acquire()
         if fresh:
             self._archive(work.say)
         self._refuse_other_configuration()
@@ -111,7 +110,6 @@ class RunDirectory:
         """Release the lock; safe to call twice, and without :meth:`open`."""
         if self._lock is not None:
             self._lock.release()
-            self._lock = None
 
     def _make(self) -> None:
         try:
@@ -132,12 +130,9 @@ class RunDirectory:
             if known != self.config_hash:
                 lines = [f"config_hash: {self.config_hash[:8]} here, {known[:8]} there (start.weights)"]
         if lines:
-            raise ConfigError(
-                "name",
-                self.path.name,
-                f"is a run of another configuration ({'; '.join(lines)}); choose another name, or --fresh to "
-                "archive it and start over",
-            )
+            cure = "choose another name, or --fresh to archive it and start over"
+            rule = f"is a run of another configuration ({'; '.join(lines)}); {cure}"
+            raise ConfigError("name", self.path.name, rule)
 
     def _archive(self, say: Say) -> None:
         present = [name for name in _ARCHIVED if (self.path / name).exists()]
@@ -194,9 +189,7 @@ def run_directory(config: ExperimentConfig, init_digest: str | None = None) -> P
 def check_output_dir(config: ExperimentConfig) -> None:
     """Raise :class:`ConfigError` unless the output directory can be written; creates nothing."""
     path = Path(config.output_dir).absolute()
-    existing = path
-    while not existing.exists():
-        existing = existing.parent
+    existing = next(place for place in (path, *path.parents) if place.exists())
     shared = path / SHARED_CORPORA
     if not existing.is_dir():
         rule = f"is not a directory: {existing} is a file"

@@ -44,14 +44,8 @@ class RunSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, the figures beside the other fields."""
-        return {
-            "id": self.id,
-            "status": self.status,
-            "epochs": self.epochs,
-            "gate_passed": self.gate_passed,
-            **self.figures,
-            "created_at": self.created_at,
-        }
+        first = {name: getattr(self, name) for name in ("id", "status", "epochs", "gate_passed")}
+        return {**first, **self.figures, "created_at": self.created_at}
 
 
 def list_runs(results: str | Path) -> list[RunSummary]:

@@ -98,7 +98,9 @@ class RunLock:
         self._run_dir, self._owner_path = run_dir, run_dir / OWNER_FILE
         self._timeout, self._work, self._on_lost = timeout, work, on_lost
         self._flock = FileLock(run_dir / LOCK_FILE, thread_local=False)
-        self._watch = _HeartbeatWatch(stale_after)
+        self._stale_after = stale_after
+        self._seen: Owner | None = None
+        self._seen_at = 0.0
         self._held: Owner | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -165,10 +167,16 @@ class RunLock:
             log.warning("%s is damaged, as a crash of the machine leaves it, and is replaced", self._owner_path)
             self._owner_path.unlink(missing_ok=True)
             return True
-        if not (found.is_gone if found.is_local else self._watch.stands_still(found)):
+        if not (found.is_gone if found.is_local else self._stands_still(found)):
             return False
         log.info("taking over from %s", found)
         return self._remove(found)
+
+    def _stands_still(self, owner: Owner) -> bool:
+        """Whether the heartbeat of ``owner`` has not moved for ``stale_after`` seconds of this process's clock."""
+        if owner != self._seen:
+            self._seen, self._seen_at = owner, time.monotonic()
+        return time.monotonic() - self._seen_at >= self._stale_after
 
     def _remove(self, dead: Owner) -> bool:
         """Remove the owner file of ``dead``, and no other's: another host may just have taken over.
@@ -180,7 +188,7 @@ class RunLock:
             self._owner_path.rename(aside)
         except FileNotFoundError:
             return True
-        removed = _read_if_any(aside)
+        removed = read_owner(self._run_dir, aside.name)
         is_of_the_dead = removed is None or removed.token == dead.token
         if not is_of_the_dead:
             with suppress(FileExistsError):
@@ -222,20 +230,6 @@ class RunLock:
                 log.warning("the lock's heartbeat could not be written: %s", error)
 
 
-class _HeartbeatWatch:
-    """Tells when a counter has stood still for ``seconds`` on this process's monotonic clock."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._seen: Owner | None = None
-        self._since = 0.0
-
-    def stands_still(self, owner: Owner) -> bool:
-        if owner != self._seen:
-            self._seen, self._since = owner, time.monotonic()
-        return time.monotonic() - self._since >= self._seconds
-
-
 def live_runs(run_dirs: Iterable[Path]) -> set[Path]:
     """Return those of ``run_dirs`` that a live process holds.
 
@@ -251,14 +245,10 @@ def live_runs(run_dirs: Iterable[Path]) -> set[Path]:
     return live
 
 
-def read_owner(run_dir: Path) -> Owner | None:
+def read_owner(run_dir: Path, name: str = OWNER_FILE) -> Owner | None:
     """Return the holder that the owner file of ``run_dir`` names; None when that is missing or unreadable."""
-    return _read_if_any(run_dir / OWNER_FILE)
-
-
-def _read_if_any(path: Path) -> Owner | None:
     try:
-        return _read(path)
+        return _read(run_dir / name)
     except (OSError, ValueError):
         return None
 
