@@ -31,8 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["train"]:
         return train_main(arguments[1:], command=["accel-train", *arguments])
     if arguments[:1] == ["pipeline"]:
-        code: int = importlib.import_module("accel_train.pipeline.command").main(arguments[1:])
-        return code
+        return int(importlib.import_module("accel_train.pipeline.command").main(arguments[1:]))
     return guarded(lambda: _run_command(_parser().parse_args(arguments)))
 
 
@@ -88,8 +87,7 @@ class _CommandParser(argparse.ArgumentParser):
 
 def _run_command(arguments: argparse.Namespace) -> int:
     module = importlib.import_module(f"accel_train.commands.{_MODULES[arguments.command]}")
-    code: int = getattr(module, arguments.command)(arguments)
-    return code
+    return int(getattr(module, arguments.command)(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:

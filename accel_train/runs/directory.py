@@ -12,7 +12,6 @@ import logging
 import os
 import secrets
 import sys
-import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +24,7 @@ from accel_train.config.parse import load_yaml
 from accel_train.config.sections import SHARED_CORPORA, ExperimentConfig
 from accel_train.errors import ConfigError
 from accel_train.files.atomic import write_atomic
-from accel_train.process.work import Say, WorkContext
+from accel_train.process.work import Say, WorkContext, wait_for
 from accel_train.runs.lock import RunLock
 from accel_train.runs.record import RECORD_FILE, RunRecord, read_record
 from accel_train.tasks.registry import config_class
@@ -88,13 +87,12 @@ class RunDirectory:
 
         A network file system may show a new file to another machine only seconds later.
         """
-        deadline = time.monotonic() + min(patience, _TOKEN_SECONDS)
-        # Listed, not looked up: some clients remember for long that a name did not exist.
-        while not (self.path.is_dir() and self.path / token in self.path.iterdir()):
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.1)
-        return True
+
+        def is_seen() -> bool:
+            # Listed, not looked up: some clients remember for long that a name did not exist.
+            return self.path.is_dir() and self.path / token in self.path.iterdir()
+
+        return wait_for(is_seen, min(patience, _TOKEN_SECONDS), lambda: f"waiting for {self.path / token}")
 
     def remove_token(self, token: str, *, refused: bool) -> None:
         """Take the file away; and when the directory is refused, that too if it holds nothing else.

@@ -125,8 +125,6 @@ def _read_if_any(run_dir: Path) -> dict[str, Any]:
 
 def _status(record: Mapping[str, Any], live: bool) -> str:
     status: str = record["status"]
-    if status == "completed":
-        return status
-    if live:
+    if live and status != "completed":
         return "live"
     return "interrupted" if status == "running" else status

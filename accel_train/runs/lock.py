@@ -2,7 +2,7 @@
 
 It has two layers. The kernel frees an flock when its last holder dies. An owner file names the holder, and holds
 where flock does not reach other hosts; its heartbeat counter is judged by whether it moves on the waiter's own
-monotonic clock, since wall clocks of different hosts differ. The price is ``stale_after`` seconds of waiting before
+monotonic clock, since wall clocks of different hosts differ. The price is ``STALE_SECONDS`` of waiting before
 a dead process of another host gives way.
 
 A process forked by the holder may keep the flock until it exits (data-loading workers outlive a killed parent by
@@ -34,6 +34,8 @@ from accel_train.process.work import SILENT, WorkContext, wait_for
 LOCK_FILE = ".lock"
 OWNER_FILE = ".lock-owner.json"
 HEARTBEAT_SECONDS = 2.0
+STALE_SECONDS = 30.0
+"""Without a heartbeat, after which the hold of another host has ended."""
 _POLL_SECONDS = 0.1
 _MAX_OWNER_BYTES = 4096
 
@@ -81,24 +83,16 @@ class RunLock:
         run_dir: the directory.
         timeout: seconds to wait for another holder; 0: one attempt.
         work: hears at once, and then every few seconds, who is waited for; polled while waiting.
-        stale_after: seconds without a heartbeat after which the hold of another host has ended.
         on_lost: called from the heartbeat's thread, with a line for people, when another process
             has taken the lock over.
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        timeout: float = 60.0,
-        work: WorkContext = SILENT,
-        *,
-        stale_after: float = 30.0,
-        on_lost: Callable[[str], None] | None = None,
+        self, run_dir: Path, timeout: float, work: WorkContext = SILENT, on_lost: Callable[[str], None] | None = None
     ) -> None:
         self._run_dir, self._owner_path = run_dir, run_dir / OWNER_FILE
         self._timeout, self._work, self._on_lost = timeout, work, on_lost
         self._flock = FileLock(run_dir / LOCK_FILE, thread_local=False)
-        self._stale_after = stale_after
         self._seen: Owner | None = None
         self._seen_at = 0.0
         self._held: Owner | None = None
@@ -173,10 +167,10 @@ class RunLock:
         return self._remove(found)
 
     def _stands_still(self, owner: Owner) -> bool:
-        """Whether the heartbeat of ``owner`` has not moved for ``stale_after`` seconds of this process's clock."""
+        """Whether the heartbeat of ``owner`` has not moved for ``STALE_SECONDS`` of this process's clock."""
         if owner != self._seen:
             self._seen, self._seen_at = owner, time.monotonic()
-        return time.monotonic() - self._seen_at >= self._stale_after
+        return time.monotonic() - self._seen_at >= STALE_SECONDS
 
     def _remove(self, dead: Owner) -> bool:
         """Remove the owner file of ``dead``, and no other's: another host may just have taken over.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import secrets
 import subprocess
@@ -53,11 +52,8 @@ def git_state(root: Path = _REPOSITORY) -> tuple[str | None, bool | None]:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    command = ["git", "-C", str(root), *arguments]
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
     try:
-        return subprocess.check_output(
-            command, stderr=subprocess.DEVNULL, text=True, timeout=20, env=environment
-        ).strip()
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=20).strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,4 +1,4 @@
-"""Keeps the record of a run up to date while it trains: what ``result.json`` says at any moment.
+"""Tells of a run while it trains: what ``result.json`` says at any moment, and what trackers get.
 
 The record is derived from the training state and the last evaluation; nothing is kept here that
 a killed run would miss, except the seconds, which are those of all launches that left by
@@ -65,9 +65,8 @@ class Recorder(Callback):
 
     def start(self, found: RunRecord | None) -> None:
         """Take up the record found in the directory, or begin one; a completed one stays as it is."""
-        self._was_completed = found is not None and found.status == "completed"
-        if found is not None and self._was_completed:
-            self._record = found
+        if found is not None and found.status == "completed":
+            self._record, self._was_completed = found, True
             return
         config, digest = self.directory.config, self.directory.init_digest
         self._record = new_record(config, self._task, init_digest=digest, command=self._command, earlier=found)
@@ -106,7 +105,7 @@ class Recorder(Callback):
             if logged > state.step:
                 where += f"; steps {state.step + 1} to {logged} were not saved and are repeated"
             say("resume", where)
-        self._update()
+        self._write()
 
     def on_log(self, state: LoopState, line: dict[str, Any]) -> None:
         """Append the line, with the run's identity."""
@@ -130,7 +129,7 @@ class Recorder(Callback):
 
     def on_epoch_end(self, state: LoopState) -> None:
         """Bring the record up to the epoch."""
-        self._update()
+        self._write()
 
     def conclude(self, evaluation: dict[str, Any]) -> None:
         """Take the last judgement of the finished model for the record's verdict."""
@@ -147,8 +146,6 @@ class Recorder(Callback):
         self._record.status = status  # type: ignore[assignment] # one of the four
         self._record.reason = reason
         self._record.finished_at = None if status == "preempted" else timestamp()
-        if self._trainer is not None:
-            self._fill(self._trainer)
         self._write()
         # After the record, whose status must not wait for it; a preempted run has no time for it.
         if status != "preempted" and self._record.curves["train_loss"]:
@@ -182,11 +179,6 @@ class Recorder(Callback):
         ]
         return f"{'; '.join([verdict, *shown])} ({scalars.get('steps_trained', 0)} steps, {seconds:.1f} s)"
 
-    def _update(self) -> None:
-        if self._trainer is not None:
-            self._fill(self._trainer)
-        self._write()
-
     def _fill(self, trainer: Trainer) -> None:
         record, state, evaluations = self.record, trainer.state, trainer.state.evaluations
         figures = [evaluation.get("metrics", {}) for evaluation in evaluations]
@@ -197,10 +189,10 @@ class Recorder(Callback):
             **{name: [each.get(name) for each in figures] for name in names},
             "evaluation_step": [evaluation["step"] for evaluation in evaluations],
         }
-        record.metrics.scalars = self._scalars(trainer, evaluations)
         # Also without an evaluation: those of steps that were rolled back must not stay.
         last = evaluations[-1] if evaluations else {}
         verdict = self._conclusion or last
+        record.metrics.scalars = self._scalars(trainer, last, verdict)
         gate = record.gate
         gate.passed, gate.epoch = verdict.get("passed"), last.get("epoch")
         gate.criteria = [CriterionResult(**row) for row in verdict.get("criteria", [])]
@@ -211,17 +203,15 @@ class Recorder(Callback):
         record.provenance.data_fingerprint = state.fingerprint_hex
         self._fill_timing(trainer)
 
-    def _scalars(self, trainer: Trainer, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
+    def _scalars(self, trainer: Trainer, last: dict[str, Any], verdict: dict[str, Any]) -> dict[str, Any]:
         state, own = trainer.state, self._task.own_scalars
-        last = evaluations[-1].get("metrics", {}) if evaluations else {}
-        verdict = self._conclusion or (evaluations[-1] if evaluations else {})
         return {
             "final_train_loss": state.train_loss[-1] if state.train_loss else None,
             # What a column shows stands in every record, measured or not.
             **dict.fromkeys(self._task.columns.values()),
-            **{f"final_{name}": value for name, value in last.items() if name not in own},
+            **{f"final_{name}": value for name, value in last.get("metrics", {}).items() if name not in own},
             **{name: value for name, value in verdict.get("metrics", {}).items() if name in own},
-            **self._task.scalars(evaluations, self._marks),
+            **self._task.scalars(state.evaluations, self._marks),
             "gate_passed": bool(verdict.get("passed")),
             "epochs_trained": state.step / trainer.plan.steps_per_epoch,
             "steps_trained": state.step,
@@ -234,10 +224,9 @@ class Recorder(Callback):
         launch = {**self.clock.seconds, **trainer.clock.seconds, "total": time.perf_counter() - self._began}
         training = trainer.clock.seconds.get("training", 0.0)
         trained = trainer.state.tokens_seen - trainer.tokens_at_start
+        names = {**self._earlier, **launch}
         timing = self.record.timing
-        timing.seconds = {
-            name: self._earlier.get(name, 0.0) + launch.get(name, 0.0) for name in {**self._earlier, **launch}
-        }
+        timing.seconds = {name: self._earlier.get(name, 0.0) + launch.get(name, 0.0) for name in names}
         timing.tokens_per_second = trained / training if training else None
         timing.evaluations = list(self._marks)
 
@@ -247,6 +236,9 @@ class Recorder(Callback):
         write_atomic(path, "\n\n".join(samples).encode() + b"\n")
 
     def _write(self) -> None:
+        """Write the record, with the state of the trainer if it follows one."""
+        if self._trainer is not None:
+            self._fill(self._trainer)
         write_record(self.directory.path, self.record, self._work.reached)
 
 
