@@ -46,8 +46,7 @@ class RunDirectory:
     """
 
     def __init__(self, config: ExperimentConfig, init_digest: str | None = None) -> None:
-        self.config = config
-        self.init_digest = init_digest
+        self.config, self.init_digest = config, init_digest
         self.config_hash = config_hash(config, init_digest)
         self.path = run_directory(config, init_digest)
         self._lock: RunLock | None = None
@@ -173,10 +172,8 @@ def read_config(path: Path) -> ExperimentConfig:
     except ConfigError as error:
         if error.field == "task":
             raise
-        if error.field == "--config":
-            raise ConfigError(str(path), CONFIG_FILE, error.rule) from error
-        rule = f"was not written by this version of accel_train ({error}); use the one that wrote it, or train anew"
-        raise ConfigError(str(path), CONFIG_FILE, rule) from error
+        other = f"was not written by this version of accel_train ({error}); use the one that wrote it, or train anew"
+        raise ConfigError(str(path), CONFIG_FILE, error.rule if error.field == "--config" else other) from error
 
 
 def run_directory(config: ExperimentConfig, init_digest: str | None = None) -> Path:

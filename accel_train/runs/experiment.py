@@ -209,7 +209,7 @@ class _Experiment:
         trainer = self._trainer(recorder, model, hooks, dataset)
         if self.coordinator.is_main:
             decides = machine(self.accelerator) | arithmetic(self.accelerator)
-            recorder.follow(trainer, preflight=preflight, machine=decides, hooks=hooks.names)
+            recorder.follow(trainer, preflight=preflight, machine=decides, hooks=list(hooks.names))
         trainer.fit()
         self._conclude(trainer, recorder)
         if self.config.tracking.log_with:

@@ -60,9 +60,8 @@ def _draw_loss(axes: Axes, train_loss: Sequence[float | None]) -> None:
     means = running_mean(losses, window)
     # More points than pixels only thicken the line and the file.
     stride = max(1, len(losses) // _MOST_POINTS)
-    marker = "." if len(losses) < 30 else ""
     if window == 1:
-        axes.plot(steps, losses, color=BLUE, marker=marker, linewidth=1.6)
+        axes.plot(steps, losses, color=BLUE, marker="." if len(losses) < 30 else "", linewidth=1.6)
     else:
         axes.plot(steps[::stride], losses[::stride], color=BLUE, alpha=0.3, linewidth=0.7, label="each step")
         axes.plot(steps[::stride], means[::stride], color=BLUE, linewidth=1.8, label=f"mean of the last {window} steps")

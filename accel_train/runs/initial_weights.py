@@ -85,6 +85,5 @@ def resolve_weights(config: ExperimentConfig, *, fresh: bool = False) -> tuple[P
         files = {} if problems else read_manifest(checkpoint)["files"]
         if WEIGHTS in files:
             return checkpoint, str(files[WEIGHTS]["sha256"])
-        problems = problems or [f"{WEIGHTS} is missing"]
-        rule = f"holds no sound checkpoint ({'; '.join(problems)}); name another"
+        rule = f"holds no sound checkpoint ({'; '.join(problems) or WEIGHTS + ' is missing'}); name another"
     raise ConfigError("start.weights", source, rule)

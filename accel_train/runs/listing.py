@@ -92,13 +92,13 @@ def load_sufficient_runs(results: str | Path) -> list[dict[str, Any]]:
     Raises:
         RecordError: ``results`` is not a directory.
     """
-    passed = [run.id for run in list_runs(results) if run.status == "completed" and run.gate_passed]
     records = []
-    for name in passed:
-        try:
-            records.append(read_record(Path(results) / name).to_dict())
-        except RecordError as error:
-            log.warning("%s", error)
+    for run in list_runs(results):
+        if run.status == "completed" and run.gate_passed:
+            try:
+                records.append(read_record(Path(results) / run.id).to_dict())
+            except RecordError as error:
+                log.warning("%s", error)
     return records
 
 

@@ -88,13 +88,12 @@ class RunLock:
     """
 
     def __init__(
-        self, run_dir: Path, timeout: float, work: WorkContext = SILENT, on_lost: Callable[[str], None] | None = None
+        self, run_dir: Path, timeout: float, work: WorkContext = SILENT, on_lost: Callable[[str], None] = log.error
     ) -> None:
         self._run_dir, self._owner_path = run_dir, run_dir / OWNER_FILE
         self._timeout, self._work, self._on_lost = timeout, work, on_lost
         self._flock = FileLock(run_dir / LOCK_FILE, thread_local=False)
-        self._seen: Owner | None = None
-        self._seen_at = 0.0
+        self._seen: tuple[Owner | None, float] = None, 0.0
         self._held: Owner | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -168,9 +167,9 @@ class RunLock:
 
     def _stands_still(self, owner: Owner) -> bool:
         """Whether the heartbeat of ``owner`` has not moved for ``STALE_SECONDS`` of this process's clock."""
-        if owner != self._seen:
-            self._seen, self._seen_at = owner, time.monotonic()
-        return time.monotonic() - self._seen_at >= STALE_SECONDS
+        if owner != self._seen[0]:
+            self._seen = owner, time.monotonic()
+        return time.monotonic() - self._seen[1] >= STALE_SECONDS
 
     def _remove(self, dead: Owner) -> bool:
         """Remove the owner file of ``dead``, and no other's: another host may just have taken over.
@@ -213,10 +212,7 @@ class RunLock:
             try:
                 found = read_owner(self._run_dir)
                 if found is not None and found.token != ours.token:
-                    message = f"{self._run_dir} was taken over by {found}, which saw no heartbeat of this process"
-                    log.error("%s", message)
-                    if self._on_lost is not None:
-                        self._on_lost(message)
+                    self._on_lost(f"{self._run_dir} was taken over by {found}, which saw no heartbeat of this process")
                     return
                 ours = replace(ours, heartbeat=ours.heartbeat + 1)
                 _write_aside(self._owner_path, ours).replace(self._owner_path)

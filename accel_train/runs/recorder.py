@@ -74,9 +74,7 @@ class Recorder(Callback):
             self._earlier, self._marks = dict(found.timing.seconds), list(found.timing.evaluations)
         self._write()
 
-    def follow(
-        self, trainer: Trainer, *, preflight: dict[str, Any], machine: dict[str, Any], hooks: Sequence[str]
-    ) -> None:
+    def follow(self, trainer: Trainer, preflight: dict[str, Any], machine: dict[str, Any], hooks: list[str]) -> None:
         """Record ``trainer`` from here on.
 
         Args:
@@ -88,7 +86,7 @@ class Recorder(Callback):
         self._trainer = trainer
         self.record.gate.preflight = preflight
         self.record.provenance.machine = machine
-        self.record.provenance.hook_list = list(hooks)
+        self.record.provenance.hook_list = hooks
 
     # -- callbacks -------------------------------------------------------------------------
 

@@ -31,7 +31,6 @@ from accel_train.training.losses import fused_cross_entropy
 class Run:
     """A run directory with a sound checkpoint."""
 
-    path: Path
     config: ExperimentConfig
     task: Task
     checkpoint: Path
@@ -57,7 +56,7 @@ def find_run(path: Path) -> Run:
         raise ConfigError("RUN", str(path), "has no checkpoint yet; let it train first")
     started_from = read_record(path).provenance.init_digest if config.start.weights else None
     require_configuration(checkpoint, config_hash(config, started_from), "put the run's own checkpoints back")
-    return Run(path, config, build_task(config), checkpoint, int(read_manifest(checkpoint)["step"]))
+    return Run(config, build_task(config), checkpoint, int(read_manifest(checkpoint)["step"]))
 
 
 def load_model(run_dir: str | Path) -> TransformerLM:
@@ -116,5 +115,4 @@ def generate(run_dir: Path, options: GenerationOptions) -> Iterator[str]:
 
 def saved_data(checkpoint: Path) -> dict[str, str]:
     """Return the SHA-256 (hex) of the data that a checkpoint saw, by name."""
-    found: dict[str, str] = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")).get("data", {})
-    return found
+    return dict(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")).get("data", {}))
