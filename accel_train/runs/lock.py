@@ -84,7 +84,7 @@ class RunLock:
         timeout: seconds to wait for another holder; 0: one attempt.
         work: hears at once, and then every few seconds, who is waited for; polled while waiting.
         on_lost: called from the heartbeat's thread, with a line for people, when another process
-            has taken the lock over.
+            has taken the lock over; by default that line is logged as an error.
     """
 
     def __init__(
