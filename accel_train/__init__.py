@@ -9,42 +9,35 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from accel_train.config.sections import CheckpointConfig, ModelConfig, TrainingConfig
-    from accel_train.errors import Preempted
-    from accel_train.model.transformer import TransformerLM
-    from accel_train.runs.listing import load_sufficient_runs
-    from accel_train.runs.use import load_model
-    from accel_train.training.callbacks import Callback
-    from accel_train.training.trainer import Trainer
+    from accel_train.config.sections import CheckpointConfig as CheckpointConfig
+    from accel_train.config.sections import ModelConfig as ModelConfig
+    from accel_train.config.sections import TrainingConfig as TrainingConfig
+    from accel_train.errors import Preempted as Preempted
+    from accel_train.model.transformer import TransformerLM as TransformerLM
+    from accel_train.runs.listing import load_sufficient_runs as load_sufficient_runs
+    from accel_train.runs.use import load_model as load_model
+    from accel_train.training.callbacks import Callback as Callback
+    from accel_train.training.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
-__all__ = [
-    "Callback",
-    "CheckpointConfig",
-    "ModelConfig",
-    "Preempted",
-    "Trainer",
-    "TrainingConfig",
-    "TransformerLM",
-    "load_model",
-    "load_sufficient_runs",
-]
 _MODULES = {
-    "config.sections": ("CheckpointConfig", "ModelConfig", "TrainingConfig"),
-    "errors": ("Preempted",),
-    "model.transformer": ("TransformerLM",),
-    "runs.listing": ("load_sufficient_runs",),
-    "runs.use": ("load_model",),
-    "training.callbacks": ("Callback",),
-    "training.trainer": ("Trainer",),
+    "Callback": "training.callbacks",
+    "CheckpointConfig": "config.sections",
+    "ModelConfig": "config.sections",
+    "Preempted": "errors",
+    "Trainer": "training.trainer",
+    "TrainingConfig": "config.sections",
+    "TransformerLM": "model.transformer",
+    "load_model": "runs.use",
+    "load_sufficient_runs": "runs.listing",
 }
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

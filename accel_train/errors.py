@@ -59,7 +59,6 @@ class RecordError(RunError, ValueError):
     exit_code = EXIT_USAGE
 
     def __init__(self, path: Path, rule: str) -> None:
-        self.path = path
         super().__init__(f"{path} {rule}")
 
 
@@ -75,7 +74,6 @@ class RunLocked(RunError):
     exit_code = EXIT_PREEMPTED
 
     def __init__(self, run_dir: Path, holder: str, waited: float) -> None:
-        self.run_dir = run_dir
         super().__init__(
             f"{run_dir} is in use by {holder}, still after {waited:.0f} s; wait for it or stop it, "
             "then run the same command again"
@@ -183,7 +181,6 @@ class DownloadError(RunError, OSError):
     """
 
     def __init__(self, url: str, rule: str) -> None:
-        self.url, self.rule = url, rule
         super().__init__(f"{url} {rule}")
 
 

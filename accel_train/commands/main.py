@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import math
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,8 +21,8 @@ from accel_train.errors import EXIT_FAILED, EXIT_USAGE, RunError
 from accel_train.process.work import pass_by
 
 LAST_WORDS_SECONDS = 10.0
-_WHOLE_LINE = {"train": "accel_train.commands.train", "pipeline": "accel_train.pipeline.command"}
-"""Commands that read their options themselves, with the module whose ``main`` does."""
+_MODULES = {"runs": "runs", "checkpoints": "runs", "evaluate": "use", "generate": "use"}
+"""Module of this folder whose function of the same name is the command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,16 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["train"]:
         return train_main(arguments[1:], command=["accel-train", *arguments])
     if arguments[:1] == ["pipeline"]:
-        code: int = importlib.import_module(_WHOLE_LINE["pipeline"]).main(arguments[1:])
-        return code
+        return int(importlib.import_module("accel_train.pipeline.command").main(arguments[1:]))
     return guarded(lambda: _run_command(_parser().parse_args(arguments)))
 
 
 def train_main(
-    argv: Sequence[str] | None = None,
-    *,
-    command: Sequence[str] | None = None,
-    reached: Callable[[str], None] = pass_by,
+    argv: Sequence[str] | None = None, *, command: Sequence[str] | None = None, reached: Callable[[str], None] = pass_by
 ) -> int:
     """Run ``accel-train train``, which ``scripts/train.py`` calls as well.
 
@@ -50,7 +46,7 @@ def train_main(
         reached: hears of every fault point.
     """
     options = list(sys.argv[1:] if argv is None else argv)
-    train = importlib.import_module(_WHOLE_LINE["train"])
+    train = importlib.import_module("accel_train.commands.train")
     return guarded(lambda: train.main(options, command=list(command or [sys.argv[0], *options]), reached=reached))
 
 
@@ -87,9 +83,8 @@ class _CommandParser(argparse.ArgumentParser):
 
 
 def _run_command(arguments: argparse.Namespace) -> int:
-    module, _, function = arguments.call.partition(":")
-    code: int = getattr(importlib.import_module(module), function)(arguments)
-    return code
+    module = importlib.import_module(f"accel_train.commands.{_MODULES[arguments.command]}")
+    return int(getattr(module, arguments.command)(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,7 +99,6 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("pipeline", help="from a corpus to a validated model", add_help=False)
 
     runs = commands.add_parser("runs", help="list runs, or print the status of one")
-    runs.set_defaults(call="accel_train.commands.runs:runs")
     runs.add_argument("results", nargs="?", type=Path, help="results directory (default: results)")
     runs.add_argument("--passed", action="store_true", help="only runs that are completed and passed their gate")
     runs.add_argument(
@@ -115,47 +109,36 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("--json", action="store_true", help="print JSON")
 
     checkpoints = commands.add_parser("checkpoints", help="list the checkpoints of a run and whether they are sound")
-    checkpoints.set_defaults(call="accel_train.commands.runs:checkpoints")
-    checkpoints.add_argument("run", type=Path, help="run directory")
     checkpoints.add_argument("--verify", action="store_true", help="read every byte and compare digests")
     checkpoints.add_argument("--json", action="store_true", help="print JSON")
 
     evaluate = commands.add_parser("evaluate", help="judge the newest checkpoint of a run by its gate; prints JSON")
-    evaluate.set_defaults(call="accel_train.commands.use:evaluate")
-    evaluate.add_argument("run", type=Path, help="run directory")
-
     generate = commands.add_parser("generate", help="print what the newest checkpoint of a run writes")
-    generate.set_defaults(call="accel_train.commands.use:generate")
-    generate.add_argument("run", type=Path, help="run directory")
-    generate.add_argument("--num", type=_positive, help="number of sequences (default: walks 5, text 1)")
+    for command in (checkpoints, evaluate, generate):
+        command.add_argument("run", type=Path, help="run directory")
+
+    positive = _number(int, "positive whole number", lambda number: number >= 1)
+    from_zero = _number(float, "number at least 0", lambda number: number >= 0)
+    probability = _number(float, "number above 0 to 1", lambda number: 0 < number <= 1)
+    generate.add_argument("--num", type=positive, help="number of sequences (default: walks 5, text 1)")
     text = generate.add_argument_group("runs that continue a text")
     text.add_argument("--prompt", help="text to continue (default: the run's)")
-    text.add_argument("--max-tokens", type=_positive, help="tokens to write (default: 200)")
-    text.add_argument("--temperature", type=_number(0), help="0 takes the most likely token (default: the run's)")
-    text.add_argument("--top-k", type=_positive, help="sample from the TOP_K most likely tokens")
-    text.add_argument("--top-p", type=_number(0, 1, above=True), help="sample from the fewest tokens this likely")
+    text.add_argument("--max-tokens", type=positive, help="tokens to write (default: 200)")
+    text.add_argument("--temperature", type=from_zero, help="0 takes the most likely token (default: the run's)")
+    text.add_argument("--top-k", type=positive, help="sample from the TOP_K most likely tokens")
+    text.add_argument("--top-p", type=probability, help="sample from the fewest tokens this likely")
     text.add_argument("--seed", type=int, help="seed of the samples (default: 0)")
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
-
-
-def _number(least: float, most: float | None = None, *, above: bool = False) -> Callable[[str], float]:
-    """A type of argparse: numbers from ``least`` (or ``above`` it) to ``most``."""
+def _number(kind: Callable[[str], float], wanted: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+    """A type of argparse: what ``kind`` makes of a text, where ``holds`` is true of that."""
 
     def read(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= (math.inf if most is None else most) or (above and value == least):
-            wanted = f"at least {least:g}" if most is None else f"{'above' if above else 'from'} {least:g} to {most:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {wanted}")
-        return value
+        with suppress(ValueError):
+            if holds(number := kind(text)):
+                return number
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {wanted}")
 
     return read
 

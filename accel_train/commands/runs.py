@@ -57,7 +57,8 @@ def _table(found: Sequence[RunSummary]) -> list[str]:
     columns = {heading: name.removeprefix("final_") for run in found for heading, name in run.columns.items()}
     rows: list[tuple[str, ...]] = [("ID", "STATUS", "EPOCHS", "GATE", *columns, "AGE")]
     for run in found:
-        figures = [_figure(run.figures.get(name)) for name in columns.values()]
+        values = [run.figures.get(name) for name in columns.values()]
+        figures = ["-" if value is None else f"{value:.3f}" for value in values]
         gate = "passed" if run.gate_passed else "-"
         rows.append((run.id, run.status, f"{run.epochs:.4g}", gate, *figures, _age(run.created_at)))
     return _aligned(rows)
@@ -67,10 +68,6 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Cells padded to the width of their column."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def _age(created_at: str | None) -> str:

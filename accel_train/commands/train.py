@@ -32,8 +32,7 @@ def main(options: Sequence[str], *, command: Sequence[str], reached: Callable[[s
         if ask_for_sigterm_when_launcher_dies():
             return EXIT_PREEMPTED
         config, earlier = parse_config(options, config_class)
-        code: int = _import_experiment().run(config, earlier=earlier, command=command, reached=reached)
-        return code
+        return int(_import_experiment().run(config, earlier=earlier, command=command, reached=reached))
 
 
 def _import_experiment() -> types.ModuleType:

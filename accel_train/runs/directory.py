@@ -12,7 +12,6 @@ import logging
 import os
 import secrets
 import sys
-import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +24,7 @@ from accel_train.config.parse import load_yaml
 from accel_train.config.sections import SHARED_CORPORA, ExperimentConfig
 from accel_train.errors import ConfigError
 from accel_train.files.atomic import write_atomic
-from accel_train.process.work import Say, WorkContext
+from accel_train.process.work import Say, WorkContext, wait_for
 from accel_train.runs.lock import RunLock
 from accel_train.runs.record import RECORD_FILE, RunRecord, read_record
 from accel_train.tasks.registry import config_class
@@ -47,10 +46,8 @@ class RunDirectory:
     """
 
     def __init__(self, config: ExperimentConfig, init_digest: str | None = None) -> None:
-        self.config = config
-        self.init_digest = init_digest
+        self.config, self.init_digest = config, init_digest
         self.config_hash = config_hash(config, init_digest)
-        self.experiment_id = experiment_id(config, init_digest)
         self.path = run_directory(config, init_digest)
         self._lock: RunLock | None = None
 
@@ -63,9 +60,8 @@ class RunDirectory:
             Interrupted: ``work`` was told to stop while waiting for the lock.
         """
         self._make()
-        lock = RunLock(self.path, self.config.start.lock_timeout, work, on_lost=_leave_at_once)
-        lock.acquire()
-        self._lock = lock
+        self._lock = RunLock(self.path, self.config.start.lock_timeout, work, on_lost=_leave_at_once)
+        self._lock.acquire()
         if fresh:
             self._archive(work.say)
         self._refuse_other_configuration()
@@ -90,13 +86,12 @@ class RunDirectory:
 
         A network file system may show a new file to another machine only seconds later.
         """
-        deadline = time.monotonic() + min(patience, _TOKEN_SECONDS)
-        # Listed, not looked up: some clients remember for long that a name did not exist.
-        while not (self.path.is_dir() and self.path / token in self.path.iterdir()):
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.1)
-        return True
+
+        def is_seen() -> bool:
+            # Listed, not looked up: some clients remember for long that a name did not exist.
+            return self.path.is_dir() and self.path / token in self.path.iterdir()
+
+        return wait_for(is_seen, min(patience, _TOKEN_SECONDS), lambda: f"waiting for {self.path / token}")
 
     def remove_token(self, token: str, *, refused: bool) -> None:
         """Take the file away; and when the directory is refused, that too if it holds nothing else.
@@ -112,7 +107,6 @@ class RunDirectory:
         """Release the lock; safe to call twice, and without :meth:`open`."""
         if self._lock is not None:
             self._lock.release()
-            self._lock = None
 
     def _make(self) -> None:
         try:
@@ -133,12 +127,9 @@ class RunDirectory:
             if known != self.config_hash:
                 lines = [f"config_hash: {self.config_hash[:8]} here, {known[:8]} there (start.weights)"]
         if lines:
-            raise ConfigError(
-                "name",
-                self.path.name,
-                f"is a run of another configuration ({'; '.join(lines)}); choose another name, or --fresh to "
-                "archive it and start over",
-            )
+            cure = "choose another name, or --fresh to archive it and start over"
+            rule = f"is a run of another configuration ({'; '.join(lines)}); {cure}"
+            raise ConfigError("name", self.path.name, rule)
 
     def _archive(self, say: Say) -> None:
         present = [name for name in _ARCHIVED if (self.path / name).exists()]
@@ -181,10 +172,8 @@ def read_config(path: Path) -> ExperimentConfig:
     except ConfigError as error:
         if error.field == "task":
             raise
-        if error.field == "--config":
-            raise ConfigError(str(path), CONFIG_FILE, error.rule) from error
-        rule = f"was not written by this version of accel_train ({error}); use the one that wrote it, or train anew"
-        raise ConfigError(str(path), CONFIG_FILE, rule) from error
+        other = f"was not written by this version of accel_train ({error}); use the one that wrote it, or train anew"
+        raise ConfigError(str(path), CONFIG_FILE, error.rule if error.field == "--config" else other) from error
 
 
 def run_directory(config: ExperimentConfig, init_digest: str | None = None) -> Path:
@@ -195,9 +184,7 @@ def run_directory(config: ExperimentConfig, init_digest: str | None = None) -> P
 def check_output_dir(config: ExperimentConfig) -> None:
     """Raise :class:`ConfigError` unless the output directory can be written; creates nothing."""
     path = Path(config.output_dir).absolute()
-    existing = path
-    while not existing.exists():
-        existing = existing.parent
+    existing = next(place for place in (path, *path.parents) if place.exists())
     shared = path / SHARED_CORPORA
     if not existing.is_dir():
         rule = f"is not a directory: {existing} is a file"

@@ -12,8 +12,8 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -21,22 +21,10 @@ import torch
 from accelerate import Accelerator
 from torch import distributed as dist
 
+from accel_train import errors
 from accel_train.checkpoints.manifest import step_directory
 from accel_train.config.fields import to_dict
 from accel_train.config.sections import SHARED_CORPORA, EarlierRun, ExperimentConfig
-from accel_train.errors import (
-    EXIT_FAILED,
-    EXIT_OK,
-    EXIT_PREEMPTED,
-    CheckpointMismatch,
-    CheckpointsDamaged,
-    ConfigError,
-    Interrupted,
-    LostPeer,
-    PeerFailed,
-    Preempted,
-    RunError,
-)
 from accel_train.model.size import count_parameters
 from accel_train.model.transformer import TransformerLM
 from accel_train.process.console import RunLog, say
@@ -48,11 +36,10 @@ from accel_train.ranks.coordinator import Coordinator
 from accel_train.ranks.store import first_line, is_lost_peer
 from accel_train.runs.directory import CONFIG_FILE, RunDirectory, check_output_dir, dump_config
 from accel_train.runs.initial_weights import build_model, require_same_files, resolve_weights
-from accel_train.runs.judge import Judge, epoch_means
 from accel_train.runs.metrics_log import METRICS_FILE
 from accel_train.runs.record import RECORD_FILE
-from accel_train.runs.recorder import Recorder
-from accel_train.runs.trackers import Trackers
+from accel_train.runs.recorder import Recorder, Trackers
+from accel_train.tasks.base import Task, Trained
 from accel_train.tasks.registry import build_task
 from accel_train.training.callbacks import Callback, LoopState
 from accel_train.training.hooks import Hooks, build_hooks
@@ -66,9 +53,10 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
+_FRESH = "--fresh archives the run and starts over"
 _ADVICE: dict[type[BaseException], str] = {
-    CheckpointMismatch: "; --fresh archives the run and starts over, another --name or --output_dir starts a new run",
-    CheckpointsDamaged: "; --on_damage restart starts over from step 0, --fresh archives the run and starts over",
+    errors.CheckpointMismatch: f"; {_FRESH}, another --name or --output_dir starts a new run",
+    errors.CheckpointsDamaged: f"; --on_damage restart starts over from step 0, {_FRESH}",
 }
 """Options of the command line that help against an error, by its class."""
 
@@ -97,115 +85,105 @@ def run(
         stop.die_with_launcher()
         try:
             tracking = config.tracking.log_with
-            with leaving_while_ranks_meet(EXIT_PREEMPTED, stop):
+            with leaving_while_ranks_meet(errors.EXIT_PREEMPTED, stop):
                 accelerator = build_accelerator(config.training, log_with=tracking, log_dir=config.output_dir)
                 coordinator = Coordinator(stop, config.training.timeout_seconds)
         except KeyboardInterrupt:
-            return EXIT_PREEMPTED
+            return errors.EXIT_PREEMPTED
         except RuntimeError as error:
             if not is_lost_peer(error):
                 raise
             if stop.requested:
                 # The others were asked as well, and have left a moment before this one.
-                return EXIT_PREEMPTED
+                return errors.EXIT_PREEMPTED
             log.error("accel-train: error: a process was gone before all had met (%s)", first_line(error))
-            return EXIT_FAILED
+            return errors.EXIT_FAILED
         run_log = RunLog(coordinator.rank)
         try:
-            experiment = _Experiment(config, earlier, accelerator, coordinator, command, run_log, reached)
-            return experiment.run()
+            work = WorkContext(say if coordinator.is_main else be_silent, reached=reached)
+            return _Experiment(config, earlier, command, accelerator, coordinator, run_log, work).run()
         finally:
             run_log.close()
             if dist.is_initialized():
                 dist.destroy_process_group()
 
 
+@dataclass
 class _Experiment:
     """The phases of one launch, and what becomes of their failures."""
 
-    def __init__(
-        self,
-        config: ExperimentConfig,
-        earlier: EarlierRun,
-        accelerator: Accelerator,
-        coordinator: Coordinator,
-        command: Sequence[str],
-        run_log: RunLog,
-        reached: Callable[[str], None],
-    ) -> None:
-        self.config, self.command, self.run_log, self.earlier = config, command, run_log, earlier
-        self.accelerator, self.coordinator = accelerator, coordinator
-        self.work = WorkContext(say if coordinator.is_main else be_silent, reached=reached)
+    config: ExperimentConfig
+    earlier: EarlierRun
+    command: Sequence[str]
+    accelerator: Accelerator
+    coordinator: Coordinator
+    run_log: RunLog
+    work: WorkContext
+    recorder: Recorder | None = None
+
+    def __post_init__(self) -> None:
         self.say = self.work.say
-        self.task = build_task(config)
-        self.judge = Judge(self.task)
+        self.task = build_task(self.config)
         self.progress = Progress(self.task.headline)
-        self.recorder: Recorder | None = None
-        self.directory: RunDirectory | None = None
 
     def run(self) -> int:
         """Run all phases; returns the exit code."""
         try:
             return self._run()
-        except (Preempted, Interrupted) as outcome:
+        except (errors.Preempted, errors.Interrupted) as outcome:
             self._leave("preempted", str(outcome))
             self.say("preempted", f"{outcome}; run the same command again to continue")
-            return EXIT_PREEMPTED
+            return errors.EXIT_PREEMPTED
         except KeyboardInterrupt:
             self.say("stopped", "at once, by a second interrupt; the same command goes on from the last checkpoint")
-            return EXIT_PREEMPTED
-        except LostPeer as error:
+            return errors.EXIT_PREEMPTED
+        except errors.LostPeer as error:
             self._leave_without(error)
-        except PeerFailed as error:
+        except errors.PeerFailed as error:
             log.error("%s", error)
-            if error.exit_code == EXIT_FAILED:
+            if error.exit_code == errors.EXIT_FAILED:
                 self._leave("failed", str(error))
             return error.exit_code
-        except (RunError, OSError) as error:
+        except (errors.RunError, OSError) as error:
             return self._fail(error, f"{error}{_ADVICE.get(type(error), '')}")
         except Exception as error:
             if self.coordinator.world_size > 1 and is_lost_peer(error):
                 # In a collective outside the loop, such as the comparison of all ranks' parameters.
-                self._leave_without(LostPeer(f"another rank is gone ({first_line(error)})"))
+                self._leave_without(errors.LostPeer(f"another rank is gone ({first_line(error)})"))
             if is_out_of_memory(error):
-                return self._fail(
-                    error,
-                    f"out of memory ({first_line(error)}); use a smaller training.batch_size, model.max_seq_len or "
-                    "model, or more gradient accumulation",
-                )
+                cure = "use a smaller training.batch_size, model.max_seq_len or model, or more gradient accumulation"
+                return self._fail(error, f"out of memory ({first_line(error)}); {cure}")
             self.coordinator.announce_failure(error)
             log.exception("unexpected failure")
             if not self.run_log.is_on_screen:
                 traceback.print_exc()
             self._leave("failed", f"{type(error).__name__}: {error}")
-            return EXIT_FAILED
+            return errors.EXIT_FAILED
         finally:
             self.progress.close()
-            if self.directory is not None:
-                self.directory.close()
+            if self.recorder is not None:
+                self.recorder.directory.close()
 
     def _fail(self, error: BaseException, message: str) -> int:
         """Leave with what people can mend, without a traceback; a wrong configuration is the command line's to tell."""
-        code: int = getattr(error, "exit_code", EXIT_FAILED)
+        code: int = getattr(error, "exit_code", errors.EXIT_FAILED)
         self.coordinator.announce_failure(error)
-        if code == EXIT_FAILED:
-            log.error("%s", message)
-            self._leave("failed", f"{type(error).__name__}: {message}")
-        elif code == EXIT_PREEMPTED:
-            log.error("%s", message)
-        else:
+        if code not in {errors.EXIT_FAILED, errors.EXIT_PREEMPTED}:
             # Where the run directory is ours already: what was wrong came out while preparing the data.
             self._leave("failed", message)
             raise error
+        log.error("%s", message)
+        if code == errors.EXIT_FAILED:
+            self._leave("failed", f"{type(error).__name__}: {message}")
         return code
 
-    def _leave_without(self, error: LostPeer) -> NoReturn:
+    def _leave_without(self, error: errors.LostPeer) -> NoReturn:
         """Leave at once: nothing can be agreed any more, so nothing is saved and the record stays ``running``."""
         log.error("%s", self.coordinator.named(error))
         # The process group is beyond an orderly shutdown: leave before its destructors wait.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(EXIT_FAILED)
+        os._exit(errors.EXIT_FAILED)
 
     def _run(self) -> int:
         # Before anything is written: a hook or weights that do not fit are the user's to mend.
@@ -213,28 +191,34 @@ class _Experiment:
         model = build_model(self.config, self.task, start)
         hooks = build_hooks(self.config.hooks, model)
         self._phase("check of the task", self.task.check)
-        directory = self.directory = RunDirectory(self.config, digest)
+        directory = RunDirectory(self.config, digest)
         recorder = self.recorder = Recorder(directory, self.task, self.command, self.work)
         self._check_shared(directory)
-        opened = self._phase("run directory", lambda work: self._open(directory, recorder, work))
+        opened = self._phase("run directory", lambda work: self._open(recorder, work))
         if opened["status"] == "completed":
             self.say("finished", opened["summary"])
-            return EXIT_OK
+            return errors.EXIT_OK
         self.run_log.open(directory.path, opened["launch"])
-        dataset, preflight = self._data(directory.path.parent / SHARED_CORPORA, recorder, start)
-        trainer = self._trainer(directory, recorder, model, hooks, dataset)
+        shared = directory.path.parent / SHARED_CORPORA
+        with recorder.clock.timed("corpus"):
+            dataset = self.task.open(self._phase("corpus", lambda work: self.task.build(shared, work)))
+            if start is not None:
+                self._phase("weights to start from", lambda _: require_same_files(start, self.task))
+        with recorder.clock.timed("preflight"):
+            preflight = self._phase("preflight", self.task.preflight)
+        trainer = self._trainer(recorder, model, hooks, dataset)
         if self.coordinator.is_main:
             decides = machine(self.accelerator) | arithmetic(self.accelerator)
-            recorder.follow(trainer, preflight=preflight, machine=decides, hooks=hooks.names)
+            recorder.follow(trainer, preflight=preflight, machine=decides, hooks=list(hooks.names))
         trainer.fit()
-        self._conclude(trainer, directory, recorder)
+        self._conclude(trainer, recorder)
         if self.config.tracking.log_with:
             self.accelerator.end_training()
         if self.coordinator.is_main:
             recorder.finish("completed", None)
             self.say("completed", recorder.summary())
             self.say("record", str(directory.path / RECORD_FILE))
-        return EXIT_OK
+        return errors.EXIT_OK
 
     def _phase(self, name: str, work: Callable[[WorkContext], T]) -> T:
         """Have ``work`` done on the main process; every rank gets its result."""
@@ -261,40 +245,26 @@ class _Experiment:
         place = f"{socket.gethostname()}:{directory.path.absolute()}"
         seen = directory.sees_token(token, self.config.training.timeout_seconds / 2)
         found = self.coordinator.gather(name, [seen, place])
-        refused = not all(sees for sees, _ in found)
-        self._phase(name, lambda _: directory.remove_token(token, refused=refused))
-        for rank, (sees, theirs) in enumerate(found):
-            if not sees:
-                raise ConfigError(
-                    "output_dir",
-                    self.config.output_dir,
-                    f"is not shared by all processes: what rank 0 writes to {found[0][1]} is not there for rank {rank} "
-                    f"in {theirs}; name a directory that every machine sees, such as one on a network file system",
-                )
+        blind = next((rank for rank, (sees, _) in enumerate(found) if not sees), None)
+        self._phase(name, lambda _: directory.remove_token(token, refused=blind is not None))
+        if blind is not None:
+            rule = (
+                f"is not shared by all processes: what rank 0 writes to {found[0][1]} is not there for rank {blind} "
+                f"in {found[blind][1]}; name a directory that every machine sees, such as one on a network file system"
+            )
+            raise errors.ConfigError("output_dir", self.config.output_dir, rule)
 
-    def _open(self, directory: RunDirectory, recorder: Recorder, work: WorkContext) -> dict[str, Any]:
+    def _open(self, recorder: Recorder, work: WorkContext) -> dict[str, Any]:
         """On the main process: the lock, then the first file."""
+        directory = recorder.directory
         found = directory.open(work, fresh=self.earlier.fresh)
         self.say("run", str(directory.path))
         recorder.start(found)
         record = recorder.record
         return {"status": record.status, "launch": record.provenance.launches, "summary": recorder.summary()}
 
-    def _data(self, shared: Path, recorder: Recorder, start: Path | None) -> tuple[Any, dict[str, Any]]:
-        """The training dataset on every rank; the preflight's findings."""
-        with recorder.clock.timed("corpus"):
-            artifacts = self._phase("corpus", lambda work: self.task.build(shared, work))
-            dataset = self.task.open(artifacts)
-            if start is not None:
-                self._phase("weights to start from", lambda _: require_same_files(start, self.task))
-        with recorder.clock.timed("preflight"):
-            preflight = self._phase("preflight", self.task.preflight)
-        return dataset, preflight
-
-    def _trainer(
-        self, directory: RunDirectory, recorder: Recorder, model: TransformerLM, hooks: Hooks, dataset: Any
-    ) -> Trainer:
-        config = self.config
+    def _trainer(self, recorder: Recorder, model: TransformerLM, hooks: Hooks, dataset: Any) -> Trainer:
+        config, directory = self.config, recorder.directory
         callbacks: list[Callback] = []
         if config.tracking.log_with:
             self.accelerator.project_configuration.logging_dir = str(directory.path / "tracking")
@@ -330,20 +300,20 @@ class _Experiment:
         )
 
     def _evaluate(self, model: torch.nn.Module, state: LoopState, should_stop: Callable[[], bool]) -> dict[str, Any]:
-        return self.judge.evaluate(model, state.losses, replace(self.work, should_stop=should_stop))
+        return judged(self.task, model, state.losses, replace(self.work, should_stop=should_stop))
 
-    def _conclude(self, trainer: Trainer, directory: RunDirectory, recorder: Recorder) -> None:
+    def _conclude(self, trainer: Trainer, recorder: Recorder) -> None:
         """The task's last judgement of the finished model; its verdict is the record's."""
         state = trainer.state
-        checkpoint = directory.path / "checkpoints" / step_directory(state.step)
+        checkpoint = recorder.directory.path / "checkpoints" / step_directory(state.step)
         last = state.evaluations[-1] if state.evaluations else {}
         means = epoch_means(state.train_loss, trainer.plan.steps_per_epoch)
 
         def conclude(work: WorkContext) -> None:
             work.reached(CONCLUSION_BEGUN)
-            evaluation = self.judge.conclude(trainer.unwrapped_model, checkpoint, last, means, work)
-            if evaluation is not None:
-                recorder.conclude(evaluation)
+            concluded = self.task.conclude(Trained(trainer.unwrapped_model, checkpoint, last, means), work)
+            if concluded is not None:
+                recorder.conclude(concluded.to_dict())
 
         with recorder.clock.timed("validation"):
             self._phase("validation of the finished model", conclude)
@@ -356,3 +326,23 @@ class _Experiment:
                 self.recorder.finish(status, reason)
             except OSError as error:
                 log.error("the record could not be brought up to date: %s", error)
+
+
+def judged(task: Task, model: torch.nn.Module, losses: Mapping[str, float], work: WorkContext) -> dict[str, Any]:
+    """Return the evaluation of a model in training as JSON values; ``stop`` says whether training may end.
+
+    Args:
+        task: its data are opened.
+        model: unwrapped.
+        losses: mean loss of every validation dataset.
+        work: asked now and then whether to stop.
+    """
+    evaluation = task.evaluate(model, losses, work)
+    passed = evaluation.verdict is not None and evaluation.verdict.passed
+    return {**evaluation.to_dict(), "stop": passed and task.stops_on_pass}
+
+
+def epoch_means(losses: Sequence[float], steps_per_epoch: int) -> list[float]:
+    """Return the mean of the training losses of every whole epoch."""
+    starts = range(0, len(losses) - steps_per_epoch + 1, steps_per_epoch)
+    return [sum(losses[start : start + steps_per_epoch]) / steps_per_epoch for start in starts]

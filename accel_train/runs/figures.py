@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -30,7 +29,6 @@ def training_curves(task: Task, record: Mapping[str, Any], path: Path) -> None:
         path: its directory is created.
     """
     figure = Figure(figsize=(11, 4.2), layout="constrained", dpi=130)
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     figure.suptitle(f"{record['experiment_id']}   {_verdict(record)}", fontsize=11)
     _draw_loss(left, record["curves"]["train_loss"])
@@ -52,9 +50,9 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 def _draw_loss(axes: Axes, train_loss: Sequence[float | None]) -> None:
     axes.set(title="Training loss", xlabel="step", ylabel="cross-entropy (nats per token)")
+    dress(axes)
     if not train_loss:
         say_empty(axes, "no step was taken")
-        dress(axes)
         return
     losses = numbers(train_loss)
     steps = list(range(1, len(losses) + 1))
@@ -62,15 +60,13 @@ def _draw_loss(axes: Axes, train_loss: Sequence[float | None]) -> None:
     means = running_mean(losses, window)
     # More points than pixels only thicken the line and the file.
     stride = max(1, len(losses) // _MOST_POINTS)
-    marker = "." if len(losses) < 30 else ""
     if window == 1:
-        axes.plot(steps, losses, color=BLUE, marker=marker, linewidth=1.6)
+        axes.plot(steps, losses, color=BLUE, marker="." if len(losses) < 30 else "", linewidth=1.6)
     else:
         axes.plot(steps[::stride], losses[::stride], color=BLUE, alpha=0.3, linewidth=0.7, label="each step")
         axes.plot(steps[::stride], means[::stride], color=BLUE, linewidth=1.8, label=f"mean of the last {window} steps")
         axes.legend(loc="upper right", frameon=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    dress(axes)
 
 
 def _verdict(record: Mapping[str, Any]) -> str:

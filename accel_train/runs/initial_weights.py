@@ -38,9 +38,8 @@ def build_model(config: ExperimentConfig, task: Task, init: Path | None) -> Tran
             raise CheckpointError(f"{init / WEIGHTS} cannot be loaded: {error}") from error
         except (RuntimeError, ValueError) as error:
             reason = textwrap.shorten(str(error), 300, placeholder=" ...")  # torch names every parameter
-            raise ConfigError(
-                "start.weights", str(init), f"does not fit this model; make the model sections agree ({reason})"
-            ) from error
+            rule = f"does not fit this model; make the model sections agree ({reason})"
+            raise ConfigError("start.weights", str(init), rule) from error
     return model
 
 
@@ -78,16 +77,13 @@ def resolve_weights(config: ExperimentConfig, *, fresh: bool = False) -> tuple[P
     if found and read_record(path).status != "completed":
         # Its newest checkpoint changes, and the identity of this run would change with it.
         rule = f"is a run that is not completed; let it end, or name one of its checkpoints, such as {found[-1][1]}"
-        raise ConfigError("start.weights", source, rule)
-    if not found and not path.is_dir():
+    elif not path.is_dir():
         rule = "is not a directory; name a completed run or a checkpoint"
-        raise ConfigError("start.weights", source, rule)
-    checkpoint = found[-1][1] if found else path
-    problems = verify(checkpoint)
-    files = {} if problems else read_manifest(checkpoint)["files"]
-    if not problems and WEIGHTS not in files:
-        problems = [f"{WEIGHTS} is missing"]
-    if problems:
-        rule = f"holds no sound checkpoint ({'; '.join(problems)}); name another"
-        raise ConfigError("start.weights", source, rule)
-    return checkpoint, str(files[WEIGHTS]["sha256"])
+    else:
+        checkpoint = found[-1][1] if found else path
+        problems = verify(checkpoint)
+        files = {} if problems else read_manifest(checkpoint)["files"]
+        if WEIGHTS in files:
+            return checkpoint, str(files[WEIGHTS]["sha256"])
+        rule = f"holds no sound checkpoint ({'; '.join(problems) or WEIGHTS + ' is missing'}); name another"
+    raise ConfigError("start.weights", source, rule)

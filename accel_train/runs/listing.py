@@ -44,14 +44,8 @@ class RunSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, the figures beside the other fields."""
-        return {
-            "id": self.id,
-            "status": self.status,
-            "epochs": self.epochs,
-            "gate_passed": self.gate_passed,
-            **self.figures,
-            "created_at": self.created_at,
-        }
+        first = {name: getattr(self, name) for name in ("id", "status", "epochs", "gate_passed")}
+        return {**first, **self.figures, "created_at": self.created_at}
 
 
 def list_runs(results: str | Path) -> list[RunSummary]:
@@ -98,13 +92,13 @@ def load_sufficient_runs(results: str | Path) -> list[dict[str, Any]]:
     Raises:
         RecordError: ``results`` is not a directory.
     """
-    passed = [run.id for run in list_runs(results) if run.status == "completed" and run.gate_passed]
     records = []
-    for name in passed:
-        try:
-            records.append(read_record(Path(results) / name).to_dict())
-        except RecordError as error:
-            log.warning("%s", error)
+    for run in list_runs(results):
+        if run.status == "completed" and run.gate_passed:
+            try:
+                records.append(read_record(Path(results) / run.id).to_dict())
+            except RecordError as error:
+                log.warning("%s", error)
     return records
 
 
@@ -131,8 +125,6 @@ def _read_if_any(run_dir: Path) -> dict[str, Any]:
 
 def _status(record: Mapping[str, Any], live: bool) -> str:
     status: str = record["status"]
-    if status == "completed":
-        return status
-    if live:
+    if live and status != "completed":
         return "live"
     return "interrupted" if status == "running" else status

@@ -2,7 +2,7 @@
 
 It has two layers. The kernel frees an flock when its last holder dies. An owner file names the holder, and holds
 where flock does not reach other hosts; its heartbeat counter is judged by whether it moves on the waiter's own
-monotonic clock, since wall clocks of different hosts differ. The price is ``stale_after`` seconds of waiting before
+monotonic clock, since wall clocks of different hosts differ. The price is ``STALE_SECONDS`` of waiting before
 a dead process of another host gives way.
 
 A process forked by the holder may keep the flock until it exits (data-loading workers outlive a killed parent by
@@ -34,6 +34,8 @@ from accel_train.process.work import SILENT, WorkContext
 LOCK_FILE = ".lock"
 OWNER_FILE = ".lock-owner.json"
 HEARTBEAT_SECONDS = 2.0
+STALE_SECONDS = 30.0
+"""Without a heartbeat, after which the hold of another host has ended."""
 _POLL_SECONDS = 0.1
 _MAX_OWNER_BYTES = 4096
 
@@ -81,24 +83,17 @@ class RunLock:
         run_dir: the directory.
         timeout: seconds to wait for another holder; 0: one attempt.
         work: hears at once, and then every few seconds, who is waited for; polled while waiting.
-        stale_after: seconds without a heartbeat after which the hold of another host has ended.
         on_lost: called from the heartbeat's thread, with a line for people, when another process
-            has taken the lock over.
+            has taken the lock over; by default that line is logged as an error.
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        timeout: float = 60.0,
-        work: WorkContext = SILENT,
-        *,
-        stale_after: float = 30.0,
-        on_lost: Callable[[str], None] | None = None,
+        self, run_dir: Path, timeout: float, work: WorkContext = SILENT, on_lost: Callable[[str], None] = log.error
     ) -> None:
         self._run_dir, self._owner_path = run_dir, run_dir / OWNER_FILE
         self._timeout, self._work, self._on_lost = timeout, work, on_lost
         self._flock = FileLock(run_dir / LOCK_FILE, thread_local=False)
-        self._watch = _HeartbeatWatch(stale_after)
+        self._seen: tuple[Owner | None, float] = None, 0.0
         self._held: Owner | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -162,10 +157,16 @@ class RunLock:
             log.warning("%s is damaged, as a crash of the machine leaves it, and is replaced", self._owner_path)
             self._owner_path.unlink(missing_ok=True)
             return True
-        if not (found.is_gone if found.is_local else self._watch.stands_still(found)):
+        if not (found.is_gone if found.is_local else self._stands_still(found)):
             return False
         log.info("taking over from %s", found)
         return self._remove(found)
+
+    def _stands_still(self, owner: Owner) -> bool:
+        """Whether the heartbeat of ``owner`` has not moved for ``STALE_SECONDS`` of this process's clock."""
+        if owner != self._seen[0]:
+            self._seen = owner, time.monotonic()
+        return time.monotonic() - self._seen[1] >= STALE_SECONDS
 
     def _remove(self, dead: Owner) -> bool:
         """Remove the owner file of ``dead``, and no other's: another host may just have taken over.
@@ -177,7 +178,7 @@ class RunLock:
             self._owner_path.rename(aside)
         except FileNotFoundError:
             return True
-        removed = _read_if_any(aside)
+        removed = read_owner(self._run_dir, aside.name)
         is_of_the_dead = removed is None or removed.token == dead.token
         if not is_of_the_dead:
             with suppress(FileExistsError):
@@ -208,29 +209,12 @@ class RunLock:
             try:
                 found = read_owner(self._run_dir)
                 if found is not None and found.token != ours.token:
-                    message = f"{self._run_dir} was taken over by {found}, which saw no heartbeat of this process"
-                    log.error("%s", message)
-                    if self._on_lost is not None:
-                        self._on_lost(message)
+                    self._on_lost(f"{self._run_dir} was taken over by {found}, which saw no heartbeat of this process")
                     return
                 ours = replace(ours, heartbeat=ours.heartbeat + 1)
                 _write_aside(self._owner_path, ours).replace(self._owner_path)
             except OSError as error:
                 log.warning("the lock's heartbeat could not be written: %s", error)
-
-
-class _HeartbeatWatch:
-    """Tells when a counter has stood still for ``seconds`` on this process's monotonic clock."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._seen: Owner | None = None
-        self._since = 0.0
-
-    def stands_still(self, owner: Owner) -> bool:
-        if owner != self._seen:
-            self._seen, self._since = owner, time.monotonic()
-        return time.monotonic() - self._since >= self._seconds
 
 
 def live_runs(run_dirs: Iterable[Path]) -> set[Path]:
@@ -248,14 +232,10 @@ def live_runs(run_dirs: Iterable[Path]) -> set[Path]:
     return live
 
 
-def read_owner(run_dir: Path) -> Owner | None:
+def read_owner(run_dir: Path, name: str = OWNER_FILE) -> Owner | None:
     """Return the holder that the owner file of ``run_dir`` names; None when that is missing or unreadable."""
-    return _read_if_any(run_dir / OWNER_FILE)
-
-
-def _read_if_any(path: Path) -> Owner | None:
     try:
-        return _read(path)
+        return _read(run_dir / name)
     except (OSError, ValueError):
         return None
 

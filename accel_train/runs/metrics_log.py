@@ -48,11 +48,12 @@ class MetricsLog:
         """
         content = self.path.read_bytes() if self.path.exists() else b""
         lines = list(_parsed(content))
-        kept = b"".join(
-            raw
-            for raw, line in lines
-            if line["step"] < step or (line["step"] == step and not (evaluation_due and "gate_passed" in line))
-        )
+
+        def stays(line: dict[str, Any]) -> bool:
+            is_done_again = evaluation_due and "gate_passed" in line
+            return bool(line["step"] < step if is_done_again else line["step"] <= step)
+
+        kept = b"".join(raw for raw, line in lines if stays(line))
         if kept != content:
             write_atomic(self.path, kept)
         return max((line["step"] for _, line in lines), default=0)

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.config import JsonDict
 
 from accel_train.config.fields import to_dict
+from accel_train.config.identity import config_hash, experiment_id
 from accel_train.config.sections import ExperimentConfig
 from accel_train.errors import RecordError
 from accel_train.files.atomic import write_atomic
@@ -195,8 +196,6 @@ def new_record(
     config: ExperimentConfig,
     task: Task | type[Task],
     *,
-    experiment_id: str,
-    config_hash: str,
     init_digest: str | None = None,
     command: Sequence[str] = (),
     earlier: RunRecord | None = None,
@@ -206,48 +205,35 @@ def new_record(
     Args:
         config: stored whole, as given.
         task: names the curves and columns.
-        experiment_id: name derived from the configuration.
-        config_hash: SHA-256 (hex) of the fields that change the result.
         init_digest: digest of the weights that ``start.weights`` names.
         command: the command line of this launch.
         earlier: the record that an earlier launch of this run left; its run id, results and
             timing are carried on.
     """
     commit, dirty = git_state()
+    columns = dict(task.columns)
+    scalars = {"final_train_loss": None, **dict.fromkeys(columns.values()), "gate_passed": False, "epochs_trained": 0}
     record = RunRecord(
-        experiment_id=experiment_id,
+        experiment_id=experiment_id(config, init_digest),
         run_id=new_run_id(),
         description=config.description,
         tags=list(config.tags),
         created_at=timestamp(),
         config=to_dict(config),
-        config_hash=config_hash,
-        columns=dict(task.columns),
+        config_hash=config_hash(config, init_digest),
+        columns=columns,
         curves={"train_loss": [], **{name: [] for name in task.curves}},
-        metrics=Metrics(
-            scalars={
-                "final_train_loss": None,
-                **dict.fromkeys(task.columns.values()),
-                "gate_passed": False,
-                "epochs_trained": 0,
-            }
-        ),
+        metrics=Metrics(scalars=scalars),
         provenance=Provenance(
-            git_commit=commit,
-            git_dirty=dirty,
-            versions=versions(),
-            command=list(command),
-            init_digest=init_digest,
+            git_commit=commit, git_dirty=dirty, versions=versions(), command=list(command), init_digest=init_digest
         ),
     )
-    if earlier is None:
-        return record
-    record.run_id, record.created_at = earlier.run_id, earlier.created_at
-    record.curves, record.metrics = earlier.curves, earlier.metrics
-    record.gate, record.timing = earlier.gate, earlier.timing
-    for name in ("world_sizes", "resumes", "data_fingerprint"):
-        setattr(record.provenance, name, getattr(earlier.provenance, name))
-    record.provenance.launches = earlier.provenance.launches + 1
+    if earlier is not None:
+        for name in ("run_id", "created_at", "curves", "metrics", "gate", "timing"):
+            setattr(record, name, getattr(earlier, name))
+        for name in ("world_sizes", "resumes", "data_fingerprint"):
+            setattr(record.provenance, name, getattr(earlier.provenance, name))
+        record.provenance.launches = earlier.provenance.launches + 1
     return record
 
 

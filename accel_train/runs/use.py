@@ -20,9 +20,8 @@ from accel_train.model.transformer import TransformerLM
 from accel_train.process.work import SILENT
 from accel_train.runs.directory import CONFIG_FILE, read_config
 from accel_train.runs.initial_weights import build_model
-from accel_train.runs.judge import Judge
 from accel_train.runs.record import read_record
-from accel_train.tasks.base import GenerationOptions, Task
+from accel_train.tasks.base import GenerationOptions, Task, Trained
 from accel_train.tasks.registry import build_task
 from accel_train.training.evaluation import Share, mean_loss
 from accel_train.training.losses import fused_cross_entropy
@@ -32,15 +31,14 @@ from accel_train.training.losses import fused_cross_entropy
 class Run:
     """A run directory with a sound checkpoint."""
 
-    path: Path
     config: ExperimentConfig
+    task: Task
     checkpoint: Path
     step: int
 
-    @property
-    def shared(self) -> Path:
-        """Directory of what all runs share."""
-        return self.path.parent / SHARED_CORPORA
+    def model(self) -> TransformerLM:
+        """Return the weights of the checkpoint, on Accelerate's device."""
+        return build_model(self.config, self.task, self.checkpoint).to(Accelerator().device)
 
 
 def find_run(path: Path) -> Run:
@@ -58,7 +56,7 @@ def find_run(path: Path) -> Run:
         raise ConfigError("RUN", str(path), "has no checkpoint yet; let it train first")
     started_from = read_record(path).provenance.init_digest if config.start.weights else None
     require_configuration(checkpoint, config_hash(config, started_from), "put the run's own checkpoints back")
-    return Run(path, config, checkpoint, int(read_manifest(checkpoint)["step"]))
+    return Run(config, build_task(config), checkpoint, int(read_manifest(checkpoint)["step"]))
 
 
 def load_model(run_dir: str | Path) -> TransformerLM:
@@ -68,8 +66,7 @@ def load_model(run_dir: str | Path) -> TransformerLM:
         ConfigError: there is no such run, or it has no checkpoint yet.
         CheckpointError: all its checkpoints are damaged, or the newest belongs to another configuration.
     """
-    run = find_run(Path(run_dir))
-    return _model_of(run, build_task(run.config))
+    return find_run(Path(run_dir)).model()
 
 
 def evaluate(run_dir: Path) -> dict[str, Any]:
@@ -80,11 +77,11 @@ def evaluate(run_dir: Path) -> dict[str, Any]:
         CheckpointError: no checkpoint can be used, or it saw other data than are there now.
     """
     run = find_run(run_dir)
-    task = build_task(run.config)
+    task = run.task
     task.check(SILENT)
-    task.open(task.build(run.shared, SILENT))
+    task.open(task.build(run_dir.parent / SHARED_CORPORA, SILENT))
     require_data(saved_data(run.checkpoint), task.digests(), run.step, "judge a run that was trained on this")
-    model, judge = _model_of(run, task), Judge(task)
+    model = run.model()
     alone = Share(run.config.training.batch_size)
     device = next(model.parameters()).device
     losses = {
@@ -92,10 +89,10 @@ def evaluate(run_dir: Path) -> dict[str, Any]:
         for name, dataset in task.validation().items()
     }
     model.eval()
-    evaluation = judge.evaluate(model, losses, SILENT)
+    evaluation = task.evaluate(model, losses, SILENT).to_dict()
     epoch_losses = read_record(run_dir).gate.evidence.get("epoch_losses", [])
-    concluded = judge.conclude(model, run.checkpoint, evaluation, epoch_losses, SILENT)
-    verdict = {name: value for name, value in (concluded or evaluation).items() if name != "stop"}
+    concluded = task.conclude(Trained(model, run.checkpoint, evaluation, epoch_losses), SILENT)
+    verdict = evaluation if concluded is None else concluded.to_dict()
     return {"run": str(run_dir), "step": run.step, **verdict}
 
 
@@ -107,20 +104,15 @@ def generate(run_dir: Path, options: GenerationOptions) -> Iterator[str]:
         CheckpointError: no checkpoint can be used.
     """
     run = find_run(run_dir)
-    task = build_task(run.config)
+    task = run.task
     for name, value in options.given().items():
         if name not in task.generation_options:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(option, value, f"is no option of the task of this run, which is {task.name}")
-    task.prepare_generation(run.checkpoint, run.shared)
-    yield from task.generate(_model_of(run, task), options)
+    task.prepare_generation(run.checkpoint, run_dir.parent / SHARED_CORPORA)
+    yield from task.generate(run.model(), options)
 
 
 def saved_data(checkpoint: Path) -> dict[str, str]:
     """Return the SHA-256 (hex) of the data that a checkpoint saw, by name."""
-    found: dict[str, str] = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")).get("data", {})
-    return found
-
-
-def _model_of(run: Run, task: Task) -> TransformerLM:
-    return build_model(run.config, task, run.checkpoint).to(Accelerator().device)
+    return dict(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")).get("data", {}))

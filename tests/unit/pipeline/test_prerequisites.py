@@ -175,7 +175,7 @@ def test_a_model_that_memory_will_hardly_hold_is_a_warning(tmp_path, free, monke
 
 
 def write_result(chosen, status="running"):
-    record = new_record(chosen, TextTask, experiment_id="text_x", config_hash="0" * 64)
+    record = new_record(chosen, TextTask)
     record.status = status
     directory = run_dir_of(chosen)
     directory.mkdir(exist_ok=True)

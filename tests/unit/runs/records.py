@@ -1,6 +1,5 @@
 """Records of runs that never were."""
 
-from accel_train.config.identity import config_hash, experiment_id
 from accel_train.runs.record import CriterionResult, GateResult, new_record
 from accel_train.tasks.registry import experiment_config
 from accel_train.tasks.walks.task import WalksTask
@@ -9,9 +8,7 @@ CONFIG = experiment_config(description="a test", tags=("x", "y"))
 
 
 def make_record(**changes):
-    record = new_record(
-        CONFIG, WalksTask, experiment_id=experiment_id(CONFIG), config_hash=config_hash(CONFIG), command=["train"]
-    )
+    record = new_record(CONFIG, WalksTask, command=["train"])
     return record.model_copy(update=changes)
 
 

@@ -32,7 +32,7 @@ def config(tmp_path):
 
 def written(config, directory):
     """A record of an earlier launch in an opened directory."""
-    record = new_record(config, WalksTask, experiment_id="x", config_hash=directory.config_hash)
+    record = new_record(config, WalksTask, init_digest=directory.init_digest)
     write_record(directory.path, record)
     return record
 

@@ -14,18 +14,21 @@ from typing import Any
 
 import jsonschema
 import pytest
+from torch import nn
 
 from accel_train.checkpoints.manifest import list_checkpoints
 from accel_train.config.identity import config_hash
 from accel_train.config.sections import HooksConfig, ModelConfig, StartConfig, TrackingConfig, TrainingConfig
 from accel_train.errors import ConfigError, Interrupted
+from accel_train.process.work import SILENT
 from accel_train.runs.directory import CONFIG_FILE, read_config, run_directory
-from accel_train.runs.experiment import run
+from accel_train.runs.experiment import epoch_means, judged, run
 from accel_train.runs.initial_weights import resolve_weights
 from accel_train.runs.listing import load_sufficient_runs
 from accel_train.runs.record import record_schema
 from accel_train.runs.recorder import Recorder
 from accel_train.tasks.base import Evaluation
+from accel_train.tasks.criteria import Criterion, judge
 from accel_train.tasks.registry import experiment_config
 from accel_train.tasks.walks.config import GateConfig, GraphConfig, RulesConfig, WalksConfig
 from accel_train.tasks.walks.task import WalksTask
@@ -234,3 +237,56 @@ def test_a_pass_before_the_last_epoch_stays_in_the_record(tmp_path, monkeypatch)
     _, record = finished(tmp_path)
     assert not record["gate"]["passed"]
     assert record["gate"]["first_passed_epoch"] == 1
+
+
+# -- the verdict ---------------------------------------------------------------------------
+
+
+class Known:
+    """A task whose model scores what it is told to."""
+
+    def __init__(self, score, stops=True):
+        self.score, self.stops_on_pass = score, stops
+
+    def evaluate(self, model, losses, work):
+        return Evaluation(judge([Criterion("score", ">", 0.5)], {"score": self.score}))
+
+
+@pytest.mark.parametrize(("score", "stops", "stop"), [(0.9, True, True), (0.9, False, False), (0.1, True, False)])
+def test_training_stops_on_a_pass_where_the_task_says_so(score, stops, stop):
+    found = judged(Known(score, stops), nn.Linear(1, 1), {}, SILENT)
+    assert (found["passed"], found["stop"]) == (score > 0.5, stop)
+
+
+def test_an_evaluation_without_a_verdict_never_stops_training():
+    class Unjudged(Known):
+        def evaluate(self, model, losses, work):
+            return Evaluation(None, {"val_loss": losses["val"]})
+
+    found = judged(Unjudged(0.9), nn.Linear(1, 1), {"val": 2.5}, SILENT)
+    assert found == {"metrics": {"val_loss": 2.5}, "stop": False}
+
+
+def test_the_last_evaluation_stands_without_a_conclusion(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(WalksTask, "conclude", lambda task, trained, work: seen.append(trained))
+    directory, record = finished(tmp_path)
+    [trained] = seen
+    assert trained.evaluation["criteria"] == record["gate"]["criteria"]
+    assert trained.epoch_losses == epoch_means(record["curves"]["train_loss"], 4)
+    assert trained.checkpoint == directory / "checkpoints" / "step_0000008"
+
+
+def test_a_conclusion_is_the_verdict_of_the_record(tmp_path, monkeypatch):
+    concluded = Evaluation(judge([Criterion("cost", "<", 1.0)], {"cost": 2.0}), samples=["a sample"])
+    monkeypatch.setattr(WalksTask, "conclude", lambda task, trained, work: concluded)
+    directory, record = finished(tmp_path)
+    assert [row["metric"] for row in record["gate"]["criteria"]] == ["cost"]
+    assert (directory / "samples" / "validation.txt").read_text() == "a sample\n"
+
+
+@pytest.mark.parametrize(
+    ("losses", "per_epoch", "means"), [([1.0, 3.0, 5.0], 2, [2.0]), ([], 2, []), ([1.0, 2.0], 1, [1.0, 2.0])]
+)
+def test_epoch_means_are_those_of_whole_epochs(losses, per_epoch, means):
+    assert epoch_means(losses, per_epoch) == means

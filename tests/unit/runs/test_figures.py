@@ -16,7 +16,7 @@ from accel_train.tasks.registry import build_task, config_class, experiment_conf
 
 def make_record(losses, evaluations, config=None):
     config = config or experiment_config()
-    made = new_record(config, task_class(config.task), experiment_id="walks_x", config_hash="0" * 64)
+    made = new_record(config, task_class(config.task))
     record = made.to_dict()
     record["curves"] |= {"train_loss": losses}
     if config.task == "walks":

@@ -38,7 +38,7 @@ def starting_from(path, **changes):
 
 def record_at(run_dir, config=CONFIG, status="completed", **identity):
     run_dir.mkdir(parents=True, exist_ok=True)
-    record = new_record(config, WalksTask, experiment_id="x", config_hash="0" * 64, **identity)
+    record = new_record(config, WalksTask, **identity)
     write_record(run_dir, record.model_copy(update={"status": status}))
 
 

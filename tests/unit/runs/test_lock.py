@@ -177,26 +177,29 @@ def test_recycled_pid_and_restarted_host_count_as_dead(tmp_path, changes):
     RunLock(tmp_path, timeout=0).acquire()
 
 
-def test_live_local_process_keeps_the_lock_without_flock(tmp_path):
+def test_live_local_process_keeps_the_lock_without_flock(tmp_path, monkeypatch):
     """However long its counter stands still, as that of a stopped process does."""
+    monkeypatch.setattr(lock_module, "STALE_SECONDS", 0.1)
     with RunLock(tmp_path, timeout=0):
         ours = read_owner(tmp_path)
     plant(tmp_path, ours)  # a live owner, and a free flock
 
     with pytest.raises(RunLocked):
-        RunLock(tmp_path, timeout=0.4, stale_after=0.1).acquire()
+        RunLock(tmp_path, timeout=0.4).acquire()
 
 
-def test_lock_of_another_host_ends_when_its_counter_stands_still(tmp_path):
+def test_lock_of_another_host_ends_when_its_counter_stands_still(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock_module, "STALE_SECONDS", 0.4)
     plant(tmp_path, of_another_host())
 
     started = time.monotonic()
-    with RunLock(tmp_path, timeout=60, stale_after=0.4):
+    with RunLock(tmp_path, timeout=60):
         assert read_owner(tmp_path).pid == os.getpid()
     assert time.monotonic() - started >= 0.4
 
 
-def test_lock_of_another_host_holds_while_its_counter_moves(tmp_path):
+def test_lock_of_another_host_holds_while_its_counter_moves(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock_module, "STALE_SECONDS", 0.5)
     counter = iter(range(10**6))
     plant(tmp_path, of_another_host())
 
@@ -204,9 +207,9 @@ def test_lock_of_another_host_holds_while_its_counter_moves(tmp_path):
         plant(tmp_path, of_another_host(heartbeat=next(counter)))
         return False
 
-    # Each poll finds another count: three times stale_after pass without a takeover.
+    # Each poll finds another count: three times STALE_SECONDS pass without a takeover.
     with pytest.raises(RunLocked) as caught:
-        RunLock(tmp_path, 1.5, WorkContext(should_stop=heartbeat), stale_after=0.5).acquire()
+        RunLock(tmp_path, 1.5, WorkContext(should_stop=heartbeat)).acquire()
     assert next(counter) > 3
     assert "on host elsewhere" in str(caught.value)
 
@@ -216,7 +219,7 @@ def test_wall_clocks_are_not_compared(tmp_path):
     os.utime(tmp_path / OWNER_FILE, (0, 0))
 
     with pytest.raises(RunLocked):
-        RunLock(tmp_path, timeout=0.3, stale_after=30).acquire()
+        RunLock(tmp_path, timeout=0.3).acquire()
 
 
 def test_heartbeat_moves_the_counter(tmp_path, monkeypatch):

@@ -145,7 +145,7 @@ def test_next_launch_carries_identity_and_results_on():
         update={"world_sizes": [2], "resumes": [{"step": 4}], "data_fingerprint": "ff", "git_commit": "0"}
     )
 
-    record = new_record(CONFIG, WalksTask, experiment_id="e", config_hash="0" * 64, command=["again"], earlier=earlier)
+    record = new_record(CONFIG, WalksTask, command=["again"], earlier=earlier)
 
     for name in ("run_id", "created_at", "curves", "metrics", "gate", "timing"):
         assert getattr(record, name) == getattr(earlier, name)

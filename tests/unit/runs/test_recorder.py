@@ -1,4 +1,4 @@
-"""The record follows the training state, also through a resume."""
+"""The record follows the training state, also through a resume; trackers are told the same."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import pytest
 from torch import nn
 
 from accel_train.checkpoints.state import TrainingState
+from accel_train.config.fields import to_dict
 from accel_train.config.sections import TrainingConfig
 from accel_train.process.fault_points import RECORD_WRITTEN_ASIDE
 from accel_train.process.stopwatch import Stopwatch
 from accel_train.process.work import SILENT, WorkContext
 from accel_train.runs.directory import RunDirectory
 from accel_train.runs.record import read_record
-from accel_train.runs.recorder import Recorder
+from accel_train.runs.recorder import Recorder, Trackers
 from accel_train.tasks.registry import build_task, experiment_config
 from accel_train.training.callbacks import LoopState
 from accel_train.training.plan import Plan
@@ -258,3 +259,59 @@ def test_a_figure_that_cannot_be_drawn_is_a_warning(directory, recorder, caplog,
     following(recorder, Trained(step=1, train_loss=[3.0])).finish("completed", None)
     assert "could not be drawn" in caplog.text
     assert read_record(directory.path).status == "completed"
+
+
+# -- trackers ------------------------------------------------------------------------------
+
+
+class Told:
+    """An accelerator that only remembers what it is told."""
+
+    def __init__(self):
+        self.project, self.parameters, self.lines = None, None, []
+
+    def init_trackers(self, project, parameters):
+        self.project, self.parameters = project, parameters
+
+    def log(self, figures, step):
+        self.lines.append((step, figures))
+
+
+@pytest.fixture
+def told():
+    return Told()
+
+
+def test_hyperparameters_have_dotted_names(told):
+    Trackers(told, "here", {"seed": 3, "training": {"learning_rate": 0.1, "deep": {"on": True}}})
+    assert told.project == "here"
+    assert told.parameters == {"seed": 3, "training.learning_rate": 0.1, "training.deep.on": True}
+
+
+def test_what_trackers_cannot_store_becomes_text(told):
+    Trackers(told, "here", {"name": None, "tags": ["a", "b"]})
+    assert told.parameters == {"name": "None", "tags": "['a', 'b']"}
+
+
+def test_every_value_of_a_configuration_is_plain(told):
+    Trackers(told, "here", to_dict(experiment_config(tags=("x",))))
+    assert told.parameters["walks.graph.n"] == 500
+    assert {type(value) for value in told.parameters.values()} <= {int, float, str, bool}
+
+
+def test_a_log_line_is_sent_under_its_step(told):
+    line = {"step": 7, "loss": 2.5, "learning_rate": 0.1}
+    Trackers(told, "here", {}).on_log(LoopState(step=9), line)
+    assert told.lines == [(7, {"loss": 2.5, "learning_rate": 0.1})]
+    assert line["step"] == 7, "other callbacks get the same line"
+
+
+def test_an_evaluation_is_sent_without_missing_figures(told):
+    evaluation = {"step": 4, "epoch": 1, "passed": False, "metrics": {"edge_compliance": 0.5, "rule_compliance": None}}
+    Trackers(told, "here", {}).on_evaluate(LoopState(), evaluation)
+    assert told.lines == [(4, {"edge_compliance": 0.5})]
+
+
+def test_an_evaluation_without_figures_sends_none(told):
+    Trackers(told, "here", {}).on_evaluate(LoopState(), {"step": 4, "epoch": 1})
+    assert told.lines == [(4, {})]

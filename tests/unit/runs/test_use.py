@@ -14,7 +14,7 @@ from accel_train.runs.directory import run_directory
 from accel_train.runs.experiment import run
 from accel_train.runs.initial_weights import WEIGHTS
 from accel_train.runs.use import evaluate, find_run, generate, load_model, saved_data
-from accel_train.tasks.base import GenerationOptions
+from accel_train.tasks.base import Evaluation, GenerationOptions
 from accel_train.tasks.registry import experiment_config
 from accel_train.tasks.walks.config import GateConfig, GraphConfig, RulesConfig, WalksConfig
 from accel_train.tasks.walks.task import WalksTask
@@ -96,6 +96,19 @@ def test_judged_again_a_run_gets_the_verdict_of_its_record(finished):
     assert verdict["step"] == 4
     assert verdict["criteria"] == recorded["criteria"]
     assert verdict["evidence"] == recorded["evidence"]
+
+
+def test_a_conclusion_is_the_verdict_of_a_run_judged_again(finished, monkeypatch):
+    seen = []
+
+    def conclude(task, trained, work):
+        seen.append(trained)
+        return Evaluation(None, {"cost": 1.0}, ["a sample"])
+
+    monkeypatch.setattr(WalksTask, "conclude", conclude)
+    found = evaluate(finished)
+    assert found == {"run": str(finished), "step": 4, "metrics": {"cost": 1.0}, "samples": ["a sample"]}
+    assert (seen[0].evaluation["passed"], seen[0].epoch_losses) == (False, [])
 
 
 def test_walks_are_written_a_line_each(finished):
