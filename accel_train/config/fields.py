@@ -174,12 +174,11 @@ def expected(kind: Any) -> str:
 
 def field_types(cls: type, prefix: str = "") -> dict[str, Any]:
     """Dotted name -> type, with limits, of every section and field of a configuration class."""
-    found: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(cls, include_extras=True).items():
-        if name in cls.__dataclass_fields__:  # type: ignore[attr-defined]
-            found[f"{prefix}{name}"] = kind
-            if is_dataclass(kind):
-                found |= field_types(typing.cast(type, kind), f"{prefix}{name}.")
+    kinds, found = typing.get_type_hints(cls, include_extras=True), {}
+    for name in (f.name for f in fields(cls)):
+        found[f"{prefix}{name}"] = kinds[name]
+        if is_dataclass(kinds[name]):
+            found |= field_types(kinds[name], f"{prefix}{name}.")
     return found
 
 
