@@ -21,7 +21,8 @@ from accel_train.process.console import print_line, say
 from accel_train.process.signals import leaving_on_stop_signals
 from accel_train.process.work import pass_by
 
-PHASES = ("Prerequisites", "Corpus", "Tokenizer", "Training", "Validation")
+PHASES = dict(enumerate(("Prerequisites", "Corpus", "Tokenizer", "Training", "Validation"), start=EXIT_PREREQUISITES))
+"""Name of every phase, by the exit code of its failure."""
 _OLDEST_PYTHON = (3, 11)
 _PACKAGES = "torch accelerate safetensors numpy scipy tqdm pydantic yaml tokenizers filelock matplotlib psutil".split()
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None, *, reached: Callable[[str], None] = 
     try:
         with leaving_on_stop_signals(EXIT_PREEMPTED):
             options = parse_options(sys.argv[1:] if argv is None else argv)
-            print_heading(0)
+            print_heading(EXIT_PREREQUISITES)
             check_python()
             check_output(options.output_dir)
             recall(options)
@@ -52,22 +53,20 @@ def main(argv: Sequence[str] | None = None, *, reached: Callable[[str], None] = 
 
 
 def print_heading(number: int) -> None:
-    """Print the heading of a phase, counted from 0."""
+    """Print the heading of a phase, which is numbered by its exit code."""
     name = PHASES[number]
-    print_line(f"\n== {number + 1}/{len(PHASES)} {name} {'=' * (60 - len(name))}")
+    print_line(f"\n== {number}/{len(PHASES)} {name} {'=' * (60 - len(name))}")
 
 
 def check_python() -> None:
     """Refuse a Python that is too old or lacks a package."""
     if sys.version_info < _OLDEST_PYTHON:
         wanted, found = (".".join(map(str, v)) for v in (_OLDEST_PYTHON, sys.version_info[:3]))
-        raise PhaseFailed(EXIT_PREREQUISITES, f"Python {found} is too old; use {wanted} or newer")
+        raise PhaseFailed(f"Python {found} is too old; use {wanted} or newer")
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise PhaseFailed(
-            EXIT_PREREQUISITES,
-            f"{sys.executable} has no package {', '.join(missing)}; run 'make setup', or pip install accel_train",
-        )
+        cure = "run 'make setup', or pip install accel_train"
+        raise PhaseFailed(f"{sys.executable} has no package {', '.join(missing)}; {cure}")
     say("python", f"{sys.version.split()[0]} with all packages")
 
 
@@ -75,7 +74,7 @@ def check_output(output_dir: str) -> None:
     """Make the output directory, and refuse one that cannot be written."""
     out = Path(output_dir)
     if not output_dir.strip():
-        raise PhaseFailed(EXIT_PREREQUISITES, "--output-dir: is empty; name a directory")
+        raise PhaseFailed("--output-dir: is empty; name a directory")
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f".writable-{os.getpid()}"
@@ -85,7 +84,7 @@ def check_output(output_dir: str) -> None:
         is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         then = "free some space" if is_full else "choose another --output-dir"
         reason = error.strerror if isinstance(error, OSError) else error
-        raise PhaseFailed(EXIT_PREREQUISITES, f"{out} cannot be written: {reason}; {then}") from error
+        raise PhaseFailed(f"{out} cannot be written: {reason}; {then}") from error
 
 
 if __name__ == "__main__":

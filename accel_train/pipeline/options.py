@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from accel_train.errors import EXIT_PREREQUISITES, PhaseFailed
+from accel_train.errors import PhaseFailed
 from accel_train.process.console import say
 
 OPTIONS_FILE = "pipeline.json"
@@ -30,10 +30,9 @@ class Option:
     field: str | None = None
     """The field of the configuration that it sets."""
     type: type = str
+    """That of its value; bool: a switch."""
     metavar: str | None = None
-    """None: a switch."""
     choices: tuple[str, ...] | None = None
-    default: str | None = None
     kept: bool = True
     """Whether ``--resume`` takes it over."""
 
@@ -43,15 +42,11 @@ class Option:
         return self.flag.removeprefix("--").replace("-", "_")
 
 
-_CORPUS_PATH = Option("--corpus-path", "text file, or directory of *.txt files", "text.corpus", metavar="PATH")
-_CORPUS_URL = Option(
-    "--corpus-url", "text file on the network (default: a built-in corpus)", "text.corpus", metavar="URL"
-)
 OPTIONS = (
-    _CORPUS_PATH,
-    _CORPUS_URL,
+    Option("--corpus-path", "text file, or directory of *.txt files", "text.corpus", metavar="PATH"),
+    Option("--corpus-url", "text file on the network (default: a built-in corpus)", "text.corpus", metavar="URL"),
     Option("--corpus-sha256", "digest that the corpus must have", "text.corpus_sha256", metavar="HEX"),
-    Option("--tokenizer", "kind of tokenizer", "text.tokenizer", metavar="KIND", choices=("char", "bpe", "unigram")),
+    Option("--tokenizer", "kind of tokenizer", "text.tokenizer", choices=("char", "bpe", "unigram")),
     Option("--vocab-size", "vocabulary of the tokenizer", "text.vocab_size", int, "N"),
     Option("--epochs", "epochs of training", "training.max_epochs", int, "N"),
     Option("--batch-size", "windows per step", "training.batch_size", int, "N"),
@@ -70,24 +65,17 @@ OPTIONS = (
         "(default: this process trains)",
         metavar="COMMAND",
     ),
-    Option(
-        "--output-dir",
-        "where everything goes (default: results)",
-        "output_dir",
-        metavar="DIR",
-        default="results",
-        kept=False,
-    ),
-    Option("--skip-corpus", "neither fetch nor make a corpus: it must be there already", kept=False),
-    Option("--skip-tokenizer", "train no tokenizer: it must be there already", kept=False),
-    Option("--resume", "go on with the options of the last call in this output directory", kept=False),
-    Option("--fresh", "archive the earlier training run and train again", kept=False),
+    Option("--output-dir", "where everything goes (default: results)", "output_dir", metavar="DIR", kept=False),
+    Option("--skip-corpus", "neither fetch nor make a corpus: it must be there already", type=bool, kept=False),
+    Option("--skip-tokenizer", "train no tokenizer: it must be there already", type=bool, kept=False),
+    Option("--resume", "go on with the options of the last call in this output directory", type=bool, kept=False),
+    Option("--fresh", "archive the earlier training run and train again", type=bool, kept=False),
 )
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise PhaseFailed(EXIT_PREREQUISITES, f"{message}; see --help")
+        raise PhaseFailed(f"{message}; see --help")
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
@@ -106,19 +94,13 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     )
     source = parser.add_mutually_exclusive_group()
     for option in OPTIONS:
-        group = source if option in {_CORPUS_PATH, _CORPUS_URL} else parser
-        if option.metavar is None:
+        group = source if option.field == "text.corpus" else parser
+        if option.type is bool:
             group.add_argument(option.flag, action="store_true", help=option.help)
         else:
-            metavar = None if option.choices else option.metavar
-            group.add_argument(
-                option.flag,
-                type=option.type,
-                metavar=metavar,
-                choices=option.choices,
-                default=option.default,
-                help=option.help,
-            )
+            takes: dict[str, Any] = {"type": option.type, "metavar": option.metavar, "choices": option.choices}
+            group.add_argument(option.flag, help=option.help, **takes)
+    parser.set_defaults(output_dir="results")
     return parser.parse_args(argv)
 
 
@@ -146,20 +128,17 @@ def recall(options: argparse.Namespace) -> None:
     Raises:
         PhaseFailed: there was no last call, or a path is empty.
     """
-    out = Path(options.output_dir)
     for name in ("corpus_path", "config"):
-        if (value := getattr(options, name)) is None:
-            continue
-        if not value:
-            raise PhaseFailed(EXIT_PREREQUISITES, f"--{name.replace('_', '-')}: is empty; name a file")
-        setattr(options, name, str(Path(value).absolute()))
+        if (value := getattr(options, name)) == "":
+            raise PhaseFailed(f"--{name.replace('_', '-')}: is empty; name a file")
+        setattr(options, name, value and str(Path(value).absolute()))
     if not options.resume:
         return
     try:
-        earlier: dict[str, Any] = dict(json.loads((out / OPTIONS_FILE).read_text(encoding="utf-8")))
+        earlier: dict[str, Any] = dict(json.loads(Path(options.output_dir, OPTIONS_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        rule = f"there is nothing to resume in {out} ({OPTIONS_FILE}: {error}); leave out --resume"
-        raise PhaseFailed(EXIT_PREREQUISITES, rule) from error
+        what = f"there is nothing to resume in {options.output_dir} ({OPTIONS_FILE}: {error})"
+        raise PhaseFailed(f"{what}; leave out --resume") from error
     if options.corpus_path is not None or options.corpus_url is not None:
         earlier = {name: value for name, value in earlier.items() if not name.startswith("corpus_")}
     for name, value in earlier.items():
@@ -177,14 +156,15 @@ def check_options(options: argparse.Namespace) -> None:
         try:
             command = (shlex.split(options.launcher) or [""])[0]
         except ValueError as error:
-            raise PhaseFailed(EXIT_PREREQUISITES, f"--launcher: {options.launcher!r}: {error}; check it") from error
+            raise PhaseFailed(f"--launcher: {options.launcher!r}: {error}; check it") from error
         if shutil.which(command) is None:
-            raise PhaseFailed(EXIT_PREREQUISITES, f"--launcher: there is no command {command!r}; check it and PATH")
-    if options.corpus_url is not None and not options.corpus_url.lower().startswith(("http://", "https://")):
+            raise PhaseFailed(f"--launcher: there is no command {command!r}; check it and PATH")
+    url, vocab_size, rate = options.corpus_url, options.vocab_size, options.learning_rate
+    if url is not None and not url.lower().startswith(("http://", "https://")):
         rule = "must begin with http:// or https://; --corpus-path takes files of this machine"
-        raise PhaseFailed(EXIT_PREREQUISITES, f"--corpus-url: {options.corpus_url!r} {rule}")
-    if options.tokenizer == "char" and options.vocab_size is not None:
+        raise PhaseFailed(f"--corpus-url: {url!r} {rule}")
+    if options.tokenizer == "char" and vocab_size is not None:
         rule = "has no meaning for --tokenizer char, whose vocabulary is fixed; leave it out"
-        raise PhaseFailed(EXIT_PREREQUISITES, f"--vocab-size: {options.vocab_size} {rule}")
-    if options.learning_rate is not None and options.learning_rate > _HIGHEST_USUAL_RATE:
-        say("warning", f"a learning rate of {options.learning_rate:g} is far above the usual 1e-4 to 1e-2")
+        raise PhaseFailed(f"--vocab-size: {vocab_size} {rule}")
+    if rate is not None and rate > _HIGHEST_USUAL_RATE:
+        say("warning", f"a learning rate of {rate:g} is far above the usual 1e-4 to 1e-2")
