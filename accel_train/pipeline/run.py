@@ -115,15 +115,13 @@ class Pipeline:
         shared, preparation = self._out / SHARED_CORPORA, task.preparation
         with self._phase(errors.EXIT_CORPUS):
             if self._options.skip_corpus and (missing := preparation.missing_corpus(shared)):
-                rule = f"there is no corpus to go on with ({missing}); leave out --skip-corpus"
-                raise PhaseFailed(rule, errors.EXIT_CORPUS)
+                raise RunError(f"there is no corpus to go on with ({missing}); leave out --skip-corpus")
             task.check(work)
             corpus = preparation.build_corpus(shared, work)
             self._tell_skipped(task, "corpus")
         with self._phase(errors.EXIT_TOKENIZER):
             if self._options.skip_tokenizer and (missing := preparation.missing_tokenizer(corpus, shared)):
-                rule = f"there is no tokenizer to go on with ({missing}); leave out --skip-tokenizer"
-                raise PhaseFailed(rule, errors.EXIT_TOKENIZER)
+                raise RunError(f"there is no tokenizer to go on with ({missing}); leave out --skip-tokenizer")
             tokenizer = preparation.build_tokenizer(corpus, shared, work)
             task.open(str(preparation.build_tokens(corpus, tokenizer, shared, work)))
             self._tell_skipped(task, "tokenizer", "tokens")
@@ -151,7 +149,7 @@ class Pipeline:
             if code == errors.EXIT_PREEMPTED:
                 raise Interrupted
             if code != errors.EXIT_OK:
-                raise PhaseFailed(_why_training_failed(run_dir), errors.EXIT_TRAINING)
+                raise RunError(_why_training_failed(run_dir))
 
     @staticmethod
     def _require_same_data(run_dir: Path, task: TextTask) -> None:
@@ -188,8 +186,8 @@ class Pipeline:
         if stop.requested or (is_new and status == "preempted"):
             return errors.EXIT_PREEMPTED
         if not is_new:
-            rule = f"ended with code {process.returncode} before training began; see above, and check it"
-            raise PhaseFailed(f"--launcher: {line[0]} {rule}", errors.EXIT_TRAINING)
+            what = f"--launcher: {line[0]} ended with code {process.returncode}"
+            raise RunError(f"{what} before training began; see above, and check it")
         return errors.EXIT_TRAINING
 
     # -- validation ------------------------------------------------------------------------
@@ -242,7 +240,7 @@ def _final_checkpoint(run_dir: Path, record: RunRecord) -> dict[str, Any]:
     path = run_dir / "checkpoints" / step_directory(int(record.metrics.scalars["steps_trained"] or 0))
     if problems := verify(path):
         reason = f"the trained model is damaged: {path}: {'; '.join(problems)}"
-        raise PhaseFailed(f"{reason}; put the file back, or train again with --fresh", errors.EXIT_VALIDATION)
+        raise RunError(f"{reason}; put the file back, or train again with --fresh")
     return {"path": str(path), "weights_sha256": read_manifest(path)["files"]["model.safetensors"]["sha256"]}
 
 
