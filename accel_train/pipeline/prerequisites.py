@@ -11,7 +11,7 @@ from accel_train.config.parse import parse_config
 from accel_train.config.sections import SHARED_CORPORA, ExperimentConfig
 from accel_train.errors import ConfigError, PhaseFailed, RecordError
 from accel_train.model import size
-from accel_train.pipeline.options import as_option, chosen_fields
+from accel_train.pipeline.command import as_option, chosen_fields
 from accel_train.process.console import say
 from accel_train.runs.directory import run_directory
 from accel_train.runs.initial_weights import resolve_weights

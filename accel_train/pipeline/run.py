@@ -27,8 +27,7 @@ from accel_train.config.sections import SHARED_CORPORA, EarlierRun, ExperimentCo
 from accel_train.errors import CheckpointMismatch, ConfigError, Interrupted, PhaseFailed, RunError
 from accel_train.files.atomic import write_atomic
 from accel_train.pipeline import reports
-from accel_train.pipeline.command import PHASES, print_heading
-from accel_train.pipeline.options import OPTIONS_FILE, as_option, kept_options
+from accel_train.pipeline.command import OPTIONS_FILE, PHASES, as_option, kept_options, print_heading
 from accel_train.pipeline.prerequisites import check_space, read_configuration, record_of, run_dir_of
 from accel_train.process.console import print_line, say
 from accel_train.process.fault_points import REPORT_BEGUN
@@ -118,19 +117,14 @@ class Pipeline:
                 raise RunError(f"there is no corpus to go on with ({missing}); leave out --skip-corpus")
             task.check(work)
             corpus = preparation.build_corpus(shared, work)
-            self._tell_skipped(task, "corpus")
+            _tell_skipped(task, "corpus")
         with self._phase(errors.EXIT_TOKENIZER):
             if self._options.skip_tokenizer and (missing := preparation.missing_tokenizer(corpus, shared)):
                 raise RunError(f"there is no tokenizer to go on with ({missing}); leave out --skip-tokenizer")
             tokenizer = preparation.build_tokenizer(corpus, shared, work)
             task.open(str(preparation.build_tokens(corpus, tokenizer, shared, work)))
-            self._tell_skipped(task, "tokenizer", "tokens")
+            _tell_skipped(task, "tokenizer", "tokens")
         return task
-
-    @staticmethod
-    def _tell_skipped(task: TextTask, *names: str) -> None:
-        if not any(name in task.preparation.built for name in names):
-            say("skipped", "nothing to do: what is there was verified")
 
     # -- training --------------------------------------------------------------------------
 
@@ -139,7 +133,7 @@ class Pipeline:
         with self._phase(errors.EXIT_TRAINING):
             record = record_of(run_dir)
             if record is not None and record.status == "completed" and not self._options.fresh:
-                self._require_same_data(run_dir, task)
+                _require_same_data(run_dir, task)
                 say("skipped", f"{run_dir} is trained")
             if self._options.launcher is None:
                 earlier = EarlierRun(fresh=self._options.fresh)
@@ -150,15 +144,6 @@ class Pipeline:
                 raise Interrupted
             if code != errors.EXIT_OK:
                 raise RunError(_why_training_failed(run_dir))
-
-    @staticmethod
-    def _require_same_data(run_dir: Path, task: TextTask) -> None:
-        """Refuse a finished run whose corpus is another by now: its model knows nothing of it."""
-        found = list_checkpoints(run_dir / "checkpoints")
-        # A damaged one is told of by the validation.
-        if found and not verify(found[-1][1]):
-            step, checkpoint = found[-1]
-            require_data(saved_data(checkpoint), task.digests(), step, "train anew")
 
     def _launch(self, config: ExperimentConfig, run_dir: Path) -> int:
         """Train in the processes that ``--launcher`` starts; the record says what came of it, launchers do not."""
@@ -234,6 +219,20 @@ class Pipeline:
                 size = sum(each.stat().st_size for each in files if each.is_file())
                 print_line(f"  {size / 1e3:>10,.1f} kB  {path}")
         print_line(f'\ntry it: accel-train generate {run_dir} --prompt "The"')
+
+
+def _tell_skipped(task: TextTask, *names: str) -> None:
+    if not any(name in task.preparation.built for name in names):
+        say("skipped", "nothing to do: what is there was verified")
+
+
+def _require_same_data(run_dir: Path, task: TextTask) -> None:
+    """Refuse a finished run whose corpus is another by now: its model knows nothing of it."""
+    found = list_checkpoints(run_dir / "checkpoints")
+    # A damaged one is told of by the validation.
+    if found and not verify(found[-1][1]):
+        step, checkpoint = found[-1]
+        require_data(saved_data(checkpoint), task.digests(), step, "train anew")
 
 
 def _final_checkpoint(run_dir: Path, record: RunRecord) -> dict[str, Any]:
