@@ -54,6 +54,7 @@ def parse_config(argv: Sequence[str], class_of: ClassOf) -> tuple[ExperimentConf
 
 def _configured(argv: Sequence[str], class_of: ClassOf, origin: dict[str, str]) -> tuple[ExperimentConfig, EarlierRun]:
     """As :func:`parse_config`; ``origin`` learns in which file each field is set that no option sets."""
+    # The task comes first: it says which fields there are.
     first = _Parser(add_help=False)
     first.add_argument("--config", action="append", default=[])
     first.add_argument("--task")
@@ -69,7 +70,7 @@ def _configured(argv: Sequence[str], class_of: ClassOf, origin: dict[str, str]) 
     check_value("task", str, task)
     cls = class_of(task)
     kinds = field_types(cls)
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {}  # nested; later files win over earlier ones, options over files
     for file, content in files.items():
         for name, value in _leaves(content, kinds):
             origin[name] = file
