@@ -188,10 +188,10 @@ class PhaseFailed(RunError):
     """A phase of the pipeline cannot be completed.
 
     Args:
-        exit_code: of the phase.
         message: what went wrong and what to do.
+        exit_code: of the phase.
     """
 
-    def __init__(self, exit_code: int, message: str) -> None:
+    def __init__(self, message: str, exit_code: int = EXIT_PREREQUISITES) -> None:
         self.exit_code = exit_code  # type: ignore[misc] # that of the phase
         super().__init__(message)

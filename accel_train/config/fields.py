@@ -8,6 +8,7 @@ the values. A value that breaks a limit is a :class:`~accel_train.errors.ConfigE
 from __future__ import annotations
 
 import functools
+import importlib
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -109,7 +110,7 @@ def check_value(name: str, kind: Any, value: object) -> None:
 
 @functools.cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
+    return TypeAdapter(kind, config=_STRICT)
 
 
 def _explained(error: ValidationError, prefix: str, kinds: Mapping[str, Any]) -> ConfigError:
@@ -117,9 +118,8 @@ def _explained(error: ValidationError, prefix: str, kinds: Mapping[str, Any]) ->
     if isinstance(cause := first.get("ctx", {}).get("error"), ConfigError):
         return cause
     name = str(first["loc"][0]) if first["loc"] else ""
-    if name not in kinds:
-        return ConfigError(f"{prefix}{name}", first["input"], "is not a field of this section")
-    return ConfigError(f"{prefix}{name}", first["input"], _broken_rule([first["type"]], kinds[name]))
+    rule = _broken_rule([first["type"]], kinds[name]) if name in kinds else "is not a field of this section"
+    return ConfigError(f"{prefix}{name}", first["input"], rule)
 
 
 def _broken_rule(problems: Sequence[str], kind: Any) -> str:
@@ -174,18 +174,17 @@ def expected(kind: Any) -> str:
 
 def field_types(cls: type, prefix: str = "") -> dict[str, Any]:
     """Dotted name -> type, with limits, of every section and field of a configuration class."""
-    found: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(cls, include_extras=True).items():
-        if name in cls.__dataclass_fields__:  # type: ignore[attr-defined]
-            found[f"{prefix}{name}"] = kind
-            if is_dataclass(kind):
-                found |= field_types(typing.cast(type, kind), f"{prefix}{name}.")
+    kinds, found = typing.get_type_hints(cls, include_extras=True), {}
+    for name in (f.name for f in fields(cls)):
+        found[f"{prefix}{name}"] = kinds[name]
+        if is_dataclass(kinds[name]):
+            found |= field_types(kinds[name], f"{prefix}{name}.")
     return found
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return the configuration as plain JSON values; tuples become lists."""
-    return {f.name: _plain(getattr(config, f.name)) for f in fields(config)}
+    return {f.name: _plain(getattr(config, f.name), to_dict) for f in fields(config)}
 
 
 def from_dict(values: Mapping[str, Any], cls: type[T]) -> T:
@@ -195,28 +194,44 @@ def from_dict(values: Mapping[str, Any], cls: type[T]) -> T:
         ConfigError: an unknown field, a value of a wrong type, or one that breaks a rule.
     """
     kinds = typing.get_type_hints(cls)
-    arguments = {
-        name: from_dict(value, kinds[name])
-        if is_dataclass(kinds.get(name)) and isinstance(value, Mapping)
-        else _as_tuples(value)
-        for name, value in values.items()
-    }
-    return cls(**arguments)
+    sections = {name for name, value in values.items() if is_dataclass(kinds.get(name)) and isinstance(value, Mapping)}
+    return cls(**{**values, **{name: from_dict(values[name], kinds[name]) for name in sections}})
 
 
-def result_values(config: Any) -> Iterator[tuple[str, Any]]:
-    """Yield ``(name, plain value)`` of every field that changes the result."""
-    for f in fields(config):
-        if f.metadata.get("result", True):
-            value = getattr(config, f.name)
-            yield f.name, dict(result_values(value)) if is_dataclass(value) else _plain(value)
+def result_values(config: Any) -> dict[str, Any]:
+    """Return the fields that change the result, as nested JSON values."""
+    named = (f.name for f in fields(config) if f.metadata.get("result", True))
+    return {name: _plain(getattr(config, name), result_values) for name in named}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, of_section: Callable[[Any], dict[str, Any]]) -> Any:
     if is_dataclass(value):
-        return to_dict(value)
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+        return of_section(value)
+    return [_plain(item, of_section) for item in value] if isinstance(value, tuple) else value
 
 
 def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+
+
+def import_by_path(field: str, path: str) -> Any:
+    """Return what ``package.module:name`` names.
+
+    Args:
+        field: that holds the path, for messages.
+        path: import path of the module, a colon, a name in it.
+
+    Raises:
+        ConfigError: the module cannot be imported, or has no such name.
+        Exception: whatever else the module raises while it is imported.
+    """
+    module, _, name = path.partition(":")
+    if not module or module.startswith("."):
+        raise ConfigError(field, path, "names no module; write package.module:name")
+    try:
+        imported = importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(field, path, f"cannot be imported: {error}; is it installed or on PYTHONPATH?") from error
+    if not hasattr(imported, name):
+        raise ConfigError(field, path, f"names nothing: {module} has no {name!r}")
+    return getattr(imported, name)

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 from accel_train.config.fields import result_values
 from accel_train.config.sections import ExperimentConfig
-from accel_train.files.atomic import canonical_json
-
-
-def hashed_fields(config: ExperimentConfig) -> dict[str, Any]:
-    """Return the fields that change the result, as nested JSON values."""
-    return dict(result_values(config))
+from accel_train.files.atomic import sha256_json
 
 
 def config_hash(config: ExperimentConfig, init_digest: str | None = None) -> str:
@@ -23,19 +17,16 @@ def config_hash(config: ExperimentConfig, init_digest: str | None = None) -> str
         config: the configuration.
         init_digest: digest of the weights that ``start.weights`` names, if it is set.
     """
-    values = hashed_fields(config)
-    if init_digest is not None:
-        values["init_digest"] = init_digest
-    return hashlib.sha256(canonical_json(values).encode()).hexdigest()
+    start = {} if init_digest is None else {"init_digest": init_digest}
+    return sha256_json({**result_values(config), **start})
 
 
 def experiment_id(config: ExperimentConfig, init_digest: str | None = None) -> str:
     """Return a readable name such as ``walks_n500_w64_d128_L4_s42-1f2e3d4c``."""
     model = config.model
-    size = getattr(config.section, "slug", "")
-    parts = [config.section_name, *([size] if size else [])]
-    parts += [f"w{model.max_seq_len}", f"d{model.d_model}", f"L{model.n_layers}", f"s{config.seed}"]
-    return f"{'_'.join(parts)}-{config_hash(config, init_digest)[:8]}"
+    parts = [config.section_name, getattr(config.section, "slug", ""), f"w{model.max_seq_len}", f"d{model.d_model}"]
+    name = "_".join(filter(None, [*parts, f"L{model.n_layers}", f"s{config.seed}"]))
+    return f"{name}-{config_hash(config, init_digest)[:8]}"
 
 
 def differing_fields(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:

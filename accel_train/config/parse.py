@@ -12,7 +12,8 @@ import difflib
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from contextlib import suppress
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,21 +31,6 @@ _MOVED = {"training.init_from": "start.weights", "training.lock_timeout": "start
 _METAVARS = {int: "N", float: "X", str: "TEXT", bool: "true|false"}
 
 
-@dataclass(frozen=True)
-class _Given:
-    """A value as somebody gave it."""
-
-    value: Any
-    raw: Any
-    """As it was written, for messages."""
-    file: str | None
-    """Where it stands; None: on the command line."""
-
-    def at_fault(self, error: ConfigError) -> ConfigError:
-        where = f" (in {self.file})" if self.file else ""
-        return ConfigError(error.field, error.value, f"{error.rule}{where}")
-
-
 def parse_config(argv: Sequence[str], class_of: ClassOf) -> tuple[ExperimentConfig, EarlierRun]:
     """Return what options ask for: the configuration, and what becomes of an earlier run.
 
@@ -56,45 +42,58 @@ def parse_config(argv: Sequence[str], class_of: ClassOf) -> tuple[ExperimentConf
         ConfigError: names the field (and the file, where the value stands in one), the value and the rule.
         SystemExit: ``--help`` or ``--print_config`` was answered.
     """
+    origin: dict[str, str] = {}
+    try:
+        return _configured(argv, class_of, origin)
+    except ConfigError as error:
+        if error.field not in origin:
+            raise
+        rule = f"{error.rule} (in {origin[error.field]})"
+        raise ConfigError(error.field, error.value, rule) from None
+
+
+def _configured(argv: Sequence[str], class_of: ClassOf, origin: dict[str, str]) -> tuple[ExperimentConfig, EarlierRun]:
+    """As :func:`parse_config`; ``origin`` learns in which file each field is set that no option sets."""
+    # The task comes first: it says which fields there are.
     first = _Parser(add_help=False)
     first.add_argument("--config", action="append", default=[])
     first.add_argument("--task")
     begun, _ = _parse(first, argv)
     files = {name: load_yaml(name) for name in begun.config}
-    cls = _class_for(getattr(begun, "task", None), files, class_of)
+    task = ExperimentConfig.task
+    for file, content in files.items():
+        if "task" in content:
+            task, origin["task"] = content["task"], file
+    if "task" in begun:
+        task = begun.task
+        origin.clear()
+    check_value("task", str, task)
+    cls = class_of(task)
     kinds = field_types(cls)
-    given: dict[str, _Given] = {}
-    for name, values in files.items():
-        given |= dict(_from_file(name, values, kinds))
+    values: dict[str, Any] = {}  # nested; later files win over earlier ones, options over files
+    for file, content in files.items():
+        for name, value in _leaves(content, kinds):
+            origin[name] = file
+            if name not in kinds or is_dataclass(kinds[name]):
+                raise _no_value(name, value, kinds)
+            check_value(name, kinds[name], value)
+            _put(values, name, value)
     parsed, extra = _parse(option_parser(cls), argv)
     if extra:
         raise _leftover(extra, kinds)
-    options = {name: value for name, value in vars(parsed).items() if name != "config"}
+    options = vars(parsed)
+    options.pop("config", None)
     asked_to_print = options.pop("print_config", False)
-    earlier = _earlier_run(options)
-    given |= {name: _from_option(name, text, kinds) for name, text in options.items()}
-    try:
-        config = from_dict(_nested(given), cls)
-    except ConfigError as error:
-        raise given[error.field].at_fault(error) if error.field in given else error from None
+    earlier = EarlierRun(**{name: options.pop(name) for name in ("fresh", "on_damage") if name in options})
+    check_value("--on_damage", typing.get_type_hints(EarlierRun)["on_damage"], earlier.on_damage)
+    for name, text in options.items():
+        origin.pop(name, None)
+        _put(values, name, _option_value(name, text, kinds[name]))
+    config = from_dict(values, cls)
     if asked_to_print:
         print(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), end="")
         raise SystemExit(0)
     return config, earlier
-
-
-def _class_for(option: str | None, files: Mapping[str, Mapping[str, Any]], class_of: ClassOf) -> type[ExperimentConfig]:
-    task = _Given(ExperimentConfig.task, ExperimentConfig.task, None)
-    for name, values in files.items():
-        if "task" in values:
-            task = _Given(values["task"], values["task"], name)
-    if option is not None:
-        task = _Given(option, option, None)
-    try:
-        check_value("task", str, task.value)
-        return class_of(task.value)
-    except ConfigError as error:
-        raise task.at_fault(error) from None
 
 
 # -- files -------------------------------------------------------------------------------------
@@ -131,35 +130,22 @@ def load_yaml(name: str) -> dict[str, Any]:
     return values
 
 
-def _from_file(
-    file: str, values: Mapping[Any, Any], kinds: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, _Given]]:
-    """Yield the checked leaves of a file by dotted name."""
-    for key, value in values.items():
-        name, given = f"{prefix}{key}", _Given(value, value, file)
-        try:
-            if name not in kinds:
-                raise _unknown(name, value, kinds)
-            if is_dataclass(kinds[name]):
-                if not isinstance(value, Mapping):
-                    raise ConfigError(name, value, f"must be {expected(kinds[name])}")
-                yield from _from_file(file, value, kinds, f"{name}.")
-                continue
-            check_value(name, kinds[name], value)
-        except ConfigError as error:
-            raise error if error.field != name else given.at_fault(error) from None
-        yield name, given
+def _leaves(content: Mapping[Any, Any], kinds: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted names and values: those of the fields in every section."""
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and is_dataclass(kinds.get(name)):
+            yield from _leaves(value, kinds, f"{name}.")
+        else:
+            yield name, value
 
 
-def _nested(given: Mapping[str, _Given]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, each in given.items():
-        *sections, leaf = name.split(".")
-        place = tree
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[leaf] = each.value
-    return tree
+def _put(values: dict[str, Any], name: str, value: Any) -> None:
+    """Set the field with a dotted name in nested dictionaries."""
+    *sections, leaf = name.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+    values[leaf] = value
 
 
 # -- options -----------------------------------------------------------------------------------
@@ -196,25 +182,17 @@ def option_parser(cls: type[ExperimentConfig]) -> argparse.ArgumentParser:
         help="when every checkpoint is damaged: refuse to go on (the default), or set them aside and start over",
     )
     parser.add_argument("--print_config", action="store_true", help="print the whole configuration as YAML and exit")
-    _add_fields(parser, parser.add_argument_group("experiment"), cls)
+    # Each section has a heading of its own.
+    groups = {"": (parser.add_argument_group("experiment"), cls)}
+    for name, kind in field_types(cls).items():
+        if is_dataclass(kind):
+            about = (kind.__doc__ or "").partition("\n")[0]
+            groups[name] = (parser.add_argument_group(name, about), typing.cast(type, kind))
+        else:
+            section, _, leaf = name.rpartition(".")
+            group, owner = groups[section]
+            group.add_argument(f"--{name}", metavar=_metavar(kind), help=_help(owner, leaf).replace("%", "%%"))
     return parser
-
-
-def _add_fields(parser: argparse.ArgumentParser, group: Any, cls: Any, prefix: str = "") -> None:
-    """Add the options of one section, then those of the sections in it, each under a heading of its own."""
-    kinds = typing.get_type_hints(cls, include_extras=True)
-    leaves = [f for f in fields(cls) if not is_dataclass(kinds[f.name])]
-    for f in leaves:
-        group.add_argument(
-            f"--{prefix}{f.name}",
-            metavar=_metavar(kinds[f.name]),
-            help=_help(cls, f.name).replace("%", "%%"),
-        )
-    for f in fields(cls):
-        if f not in leaves:
-            name = f"{prefix}{f.name}"
-            about = (kinds[f.name].__doc__ or "").partition("\n")[0]
-            _add_fields(parser, parser.add_argument_group(name, about), kinds[f.name], f"{name}.")
 
 
 def _help(cls: Any, name: str) -> str:
@@ -227,8 +205,6 @@ def _help(cls: Any, name: str) -> str:
 
 def _metavar(kind: Any) -> str:
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Annotated:
-        return _metavar(parts[0])
     if origin is Literal:
         return "|".join(map(str, parts))
     if origin is tuple:
@@ -238,28 +214,18 @@ def _metavar(kind: Any) -> str:
     return _METAVARS.get(kind, "VALUE")
 
 
-def _from_option(name: str, text: Any, kinds: Mapping[str, Any]) -> _Given:
-    kind = kinds[name]
+def _option_value(name: str, text: str, kind: Any) -> Any:
     value = text
     # A text stands for itself, but null where that is allowed.
     if kind is not str and (kind != str | None or text == "null"):
-        try:
+        with suppress(yaml.YAMLError):
             value = yaml.load(text, _Loader)
-        except yaml.YAMLError:
-            value = text
     try:
         check_value(name, kind, value)
     except ConfigError as error:
         # What breaks a limit is shown as it was understood, what has the wrong type as it was written.
         raise ConfigError(name, text, error.rule) if error.rule == f"must be {expected(kind)}" else error from None
-    return _Given(value, text, None)
-
-
-def _earlier_run(options: dict[str, Any]) -> EarlierRun:
-    chosen = {name: options.pop(name) for name in ("fresh", "on_damage") if name in options}
-    for name, value in chosen.items():
-        check_value(f"--{name}", typing.get_type_hints(EarlierRun)[name], value)
-    return EarlierRun(**chosen)
+    return value
 
 
 def _leftover(extra: Sequence[str], kinds: Mapping[str, Any]) -> ConfigError:
@@ -267,20 +233,19 @@ def _leftover(extra: Sequence[str], kinds: Mapping[str, Any]) -> ConfigError:
     if not option.startswith("--"):
         return ConfigError("command line", option, "is not an option; write --section.field VALUE")
     name, _, value = option[2:].partition("=")
-    if is_dataclass(kinds.get(name)):
-        return ConfigError(name, value or next(iter(extra[1:]), None), f"must be {expected(kinds[name])}")
-    return _unknown(name, value or " ".join(extra[1:2]), kinds)
+    return _no_value(name, value or " ".join(extra[1:2]), kinds)
 
 
-def _unknown(name: str, value: object, kinds: Mapping[str, Any]) -> ConfigError:
+def _no_value(name: str, value: object, kinds: Mapping[str, Any]) -> ConfigError:
+    """What is wrong with a value that was given to no field: its name is a section's, or nobody's."""
+    if name in kinds:
+        return ConfigError(name, value, f"must be {expected(kinds[name])}")
     section, _, leaf = name.rpartition(".")
-    moved = [known for known in kinds if known == _MOVED.get(name) or known.endswith(f".{name}")]
-    if moved:
-        near = moved
-    elif is_dataclass(kinds.get(section)):
+    near = [known for known in kinds if known == _MOVED.get(name) or known.endswith(f".{name}")]
+    if not near and is_dataclass(kinds.get(section)):
         leaves = [known.rpartition(".")[2] for known in kinds if known.startswith(f"{section}.")]
         near = [f"{section}.{match}" for match in difflib.get_close_matches(leaf, leaves, n=1)]
-    else:
+    elif not near:
         near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.7)
     cure = f"did you mean {near[0]}?" if near else "accel-train train --help lists them"
     return ConfigError(name, value, f"is not a field of the configuration; {cure}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
@@ -122,13 +122,9 @@ class TrainingConfig:
     def check_world_size(self, world_size: int) -> None:
         """Raise :class:`ConfigError` unless every rank gets equal slices of a batch."""
         parts = world_size * self.gradient_accumulation_steps
-        check(
-            self.batch_size % parts == 0,
-            "training.batch_size",
-            self.batch_size,
-            f"is not divisible by {world_size} processes x {self.gradient_accumulation_steps} accumulation "
-            f"steps; choose a multiple of {parts}",
-        )
+        product = f"{world_size} processes x {self.gradient_accumulation_steps} accumulation steps"
+        rule = f"is not divisible by {product}; choose a multiple of {parts}"
+        check(self.batch_size % parts == 0, "training.batch_size", self.batch_size, rule)
 
 
 @section("checkpoint")
@@ -225,9 +221,6 @@ class ExperimentConfig:
         return getattr(self, self.section_name) if self.section_name else None
 
 
-Section = TypeVar("Section")
-
-
 @functools.cache
 def experiment_class(name: str, section_class: type) -> type[ExperimentConfig]:
     """Return the configuration class with a task's own section beside the common ones.
@@ -246,13 +239,8 @@ def experiment_class(name: str, section_class: type) -> type[ExperimentConfig]:
     for field_name, about in section_class.__pydantic_fields__.items():
         check(not about.is_required(), "task", f"{name}.{field_name}", "is a field without a default; give it one")
     described = Field(default_factory=section_class, description=(section_class.__doc__ or "").partition("\n")[0])
-    namespace = {
-        "__module__": __name__,
-        "__doc__": ExperimentConfig.__doc__,
-        "__annotations__": {name: section_class, "section_name": ClassVar[str]},
-        "section_name": name,
-        name: described,
-    }
+    namespace = {"__module__": __name__, "__doc__": ExperimentConfig.__doc__, "__annotations__": {name: section_class}}
+    namespace |= {"section_name": name, name: described}
     return cast(type[ExperimentConfig], section("")(type("ExperimentConfig", (ExperimentConfig,), namespace)))
 
 

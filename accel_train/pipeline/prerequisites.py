@@ -9,9 +9,9 @@ from pathlib import Path
 
 from accel_train.config.parse import parse_config
 from accel_train.config.sections import SHARED_CORPORA, ExperimentConfig
-from accel_train.errors import EXIT_PREREQUISITES, ConfigError, PhaseFailed, RecordError
+from accel_train.errors import ConfigError, PhaseFailed, RecordError
 from accel_train.model import size
-from accel_train.pipeline.options import as_option, chosen_fields
+from accel_train.pipeline.command import as_option, chosen_fields
 from accel_train.process.console import say
 from accel_train.runs.directory import run_directory
 from accel_train.runs.initial_weights import resolve_weights
@@ -35,10 +35,10 @@ def read_configuration(options: argparse.Namespace) -> ExperimentConfig:
     try:
         if parse_config(["--config", str(file)], config_class)[0].task != "text":
             rule = "describes another task than text; the examples text_*.yaml and char.yaml are a start"
-            raise PhaseFailed(EXIT_PREREQUISITES, f"--config: {file} {rule}")
+            raise PhaseFailed(f"--config: {file} {rule}")
         parsed = parse_config(["--config", str(file), *arguments], config_class)[0]
     except ConfigError as error:
-        raise PhaseFailed(EXIT_PREREQUISITES, f"{as_option(error.field)}: {error.value!r} {error.rule}") from error
+        raise PhaseFailed(f"{as_option(error.field)}: {error.value!r} {error.rule}") from error
     shown = arguments[:-1]
     say("settings", f"{file}{', with ' + ' '.join(shown) if shown else ''}")
     return parsed
@@ -62,7 +62,7 @@ def check_space(config: ExperimentConfig, out: Path) -> None:
     told = f"{free / 1e6:,.0f} MB free in {out}, about {max(0, needed - there) / 1e6:,.0f} MB needed"
     record = record_of(run_dir)
     if free + there < needed and (record is None or record.status != "completed"):
-        raise PhaseFailed(EXIT_PREREQUISITES, f"{told}; free some, or choose another --output-dir")
+        raise PhaseFailed(f"{told}; free some, or choose another --output-dir")
     say("disk", told)
     for warning in size.warnings(config.model, config.training, text.vocab_size):
         say("warning", warning)

@@ -1,6 +1,6 @@
 """What the pipeline leaves for people and programs: every epoch's figures, the verdict, and what to do about it.
 
-All of it is derived from the record of the run; nothing beyond the standard library is imported.
+All of it is derived from the record of the run.
 """
 
 from __future__ import annotations
@@ -12,6 +12,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from accel_train.checkpoints.manifest import step_directory
+
+Values = Mapping[str, Any]
+"""A record, or a part of it, as JSON values."""
+
 _MEASURED = ("val_loss", "val_bits_per_byte", "probe_loss", "overfit_gap")
 
 
@@ -22,7 +27,7 @@ def load_metrics_schema() -> dict[str, Any]:
     return schema
 
 
-def training_metrics(record: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
+def training_metrics(record: Values, run_dir: Path) -> dict[str, Any]:
     """Every epoch's figures, all hyperparameters and where the models are, from the record of a completed run."""
     scalars = record["metrics"]["scalars"]
     per_epoch = round(scalars["steps_trained"] / scalars["epochs_trained"])
@@ -30,9 +35,7 @@ def training_metrics(record: Mapping[str, Any], run_dir: Path) -> dict[str, Any]
     measured = [each for each in evaluations if each["val_loss"] is not None]
     best = min(measured, key=lambda each: each["val_loss"], default=None)
     return {
-        "experiment_id": record["experiment_id"],
-        "run_id": record["run_id"],
-        "config_hash": record["config_hash"],
+        **{name: record[name] for name in ("experiment_id", "run_id", "config_hash")},
         "hyperparameters": record["config"],
         "epochs": _epochs(record["curves"]["train_loss"], per_epoch, evaluations),
         "evaluations": evaluations,
@@ -48,10 +51,10 @@ def training_metrics(record: Mapping[str, Any], run_dir: Path) -> dict[str, Any]
 
 
 def _checkpoint(run_dir: Path, step: int) -> str:
-    return str(run_dir / "checkpoints" / f"step_{step:07d}")
+    return str(run_dir / "checkpoints" / step_directory(step))
 
 
-def _evaluations(record: Mapping[str, Any], per_epoch: int) -> list[dict[str, Any]]:
+def _evaluations(record: Values, per_epoch: int) -> list[dict[str, Any]]:
     curves = record["curves"]
     seconds = {mark["step"]: mark["training_seconds"] for mark in record["timing"].get("evaluations", [])}
     return [
@@ -65,36 +68,27 @@ def _evaluations(record: Mapping[str, Any], per_epoch: int) -> list[dict[str, An
     ]
 
 
-def _epochs(
-    losses: Sequence[float | None], per_epoch: int, evaluations: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+def _epochs(losses: Sequence[float | None], per_epoch: int, evaluations: Sequence[Values]) -> list[dict[str, Any]]:
     """One row an epoch, the last one perhaps of fewer steps: mean training loss, and its last evaluation."""
     rows = []
     for number, first in enumerate(range(0, len(losses), per_epoch), 1):
         part = losses[first : first + per_epoch]
         known = [loss for loss in part if loss is not None]
         inside = [each for each in evaluations if number - 1 < each["epoch"] <= number]
-        last = inside[-1] if inside else dict.fromkeys([*_MEASURED, "training_seconds"])
-        rows.append(
-            {
-                "epoch": number,
-                "steps": len(part),
-                "train_loss": math.fsum(known) / len(known) if known else None,
-                **{name: last[name] for name in (*_MEASURED, "training_seconds")},
-            }
-        )
+        last = inside[-1] if inside else {}
+        figures = {name: last.get(name) for name in (*_MEASURED, "training_seconds")}
+        mean = math.fsum(known) / len(known) if known else None
+        rows.append({"epoch": number, "steps": len(part), "train_loss": mean, **figures})
     return rows
 
 
-def validation_report(
-    gate: Mapping[str, Any], scalars: Mapping[str, Any], run_dir: Path, checkpoint: Mapping[str, Any]
-) -> dict[str, Any]:
+def validation_report(gate: Values, scalars: Values, run_dir: Path, checkpoint: Values) -> dict[str, Any]:
     """The verdict on the finished model, with what it rests on."""
     verdict = {name: gate[name] for name in ("passed", "criteria", "failure_reason", "evidence")}
     return {"run": str(run_dir), "checkpoint": checkpoint, "metrics": dict(scalars), **verdict}
 
 
-def advice(known: Mapping[str, str], gate: Mapping[str, Any]) -> str:
+def advice(known: Mapping[str, str], gate: Values) -> str:
     """Return what to do about the criteria that were missed.
 
     Args:
@@ -105,13 +99,10 @@ def advice(known: Mapping[str, str], gate: Mapping[str, Any]) -> str:
     return "; ".join([*dict.fromkeys(missed), "or change the gate in the configuration (--config)"])
 
 
-def verdict_lines(gate: Mapping[str, Any], scalars: Mapping[str, Any]) -> list[tuple[str, str]]:
+def verdict_lines(gate: Values, scalars: Values) -> list[tuple[str, str]]:
     """``(heading, line)`` for people: the losses in both units, then every criterion."""
-    losses = (
-        f"{scalars['final_val_loss']:.4f} nats per token, {scalars['val_bits_per_byte']:.4f} bits per byte on the "
-        f"held-out text (best {scalars['best_val_loss']:.4f})"
-    )
-    lines = [("measured", losses)]
+    losses = f"{scalars['final_val_loss']:.4f} nats per token, {scalars['val_bits_per_byte']:.4f} bits per byte"
+    lines = [("measured", f"{losses} on the held-out text (best {scalars['best_val_loss']:.4f})")]
     for row in gate["criteria"]:
         value = "not measured" if row["value"] is None else f"{row['value']:.4g}"
         mark = "passed" if row["passed"] else "MISSED"

@@ -21,26 +21,13 @@ from typing import Any
 
 from filelock import FileLock
 
+from accel_train import errors
 from accel_train.checkpoints.manifest import list_checkpoints, read_manifest, require_data, step_directory, verify
 from accel_train.config.sections import SHARED_CORPORA, EarlierRun, ExperimentConfig
-from accel_train.errors import (
-    EXIT_CORPUS,
-    EXIT_OK,
-    EXIT_PREEMPTED,
-    EXIT_PREREQUISITES,
-    EXIT_TOKENIZER,
-    EXIT_TRAINING,
-    EXIT_VALIDATION,
-    CheckpointMismatch,
-    ConfigError,
-    Interrupted,
-    PhaseFailed,
-    RunError,
-)
+from accel_train.errors import CheckpointMismatch, ConfigError, Interrupted, PhaseFailed, RunError
 from accel_train.files.atomic import write_atomic
 from accel_train.pipeline import reports
-from accel_train.pipeline.command import PHASES, print_heading
-from accel_train.pipeline.options import OPTIONS_FILE, as_option, kept_options
+from accel_train.pipeline.command import OPTIONS_FILE, PHASES, as_option, kept_options, print_heading
 from accel_train.pipeline.prerequisites import check_space, read_configuration, record_of, run_dir_of
 from accel_train.process.console import print_line, say
 from accel_train.process.fault_points import REPORT_BEGUN
@@ -73,11 +60,10 @@ class Pipeline:
 
     def run(self) -> int:
         """Run the phases; returns the exit code."""
-        config = read_configuration(self._options)
-        with self._failing(EXIT_PREREQUISITES):
+        with self._phase(errors.EXIT_PREREQUISITES, self._began):
+            config = read_configuration(self._options)
             check_space(config, self._out)
-        self._keep_options()
-        self._done(0, self._began)
+            self._keep_options()
         stop = StopSignal()
         try:
             with stop.installed():
@@ -90,40 +76,30 @@ class Pipeline:
         except (Interrupted, KeyboardInterrupt):
             again = "with --resume instead of --fresh" if self._options.fresh else "again"
             print_line(f"interrupted: run the same command {again} to go on")
-            return EXIT_PREEMPTED
+            return errors.EXIT_PREEMPTED
 
     @contextmanager
-    def _phase(self, number: int) -> Iterator[None]:
-        began = time.perf_counter()
-        print_heading(number)
-        yield
-        self._done(number, began)
-
-    @staticmethod
-    def _done(number: int, began: float) -> None:
-        print_line(f"{'done':<10} {PHASES[number].lower()} in {time.perf_counter() - began:.1f} s")
-
-    @contextmanager
-    def _failing(self, code: int) -> Iterator[None]:
-        """Turn what people can act on into the end of a phase."""
+    def _phase(self, code: int, began: float | None = None) -> Iterator[None]:
+        """One phase with its heading (unless it ``began`` before); what people can act on ends it with its ``code``."""
+        if began is None:
+            began = time.perf_counter()
+            print_heading(code)
         try:
             yield
         except (PhaseFailed, Interrupted):
             raise
         except ConfigError as error:
             # What is there but is no text cannot be tokenized, whenever that was noticed.
-            chosen = EXIT_TOKENIZER if getattr(error.__cause__, "is_content", False) else code
-            raise PhaseFailed(chosen, f"{as_option(error.field)}: {error.value} {error.rule}") from error
+            chosen = errors.EXIT_TOKENIZER if getattr(error.__cause__, "is_content", False) else code
+            raise PhaseFailed(f"{as_option(error.field)}: {error.value} {error.rule}", chosen) from error
         except (RunError, OSError, MemoryError) as error:
             cure = "; train anew with --fresh" if isinstance(error, CheckpointMismatch) else ""
-            raise PhaseFailed(code, f"{error}{cure}" if str(error) else type(error).__name__) from error
+            raise PhaseFailed(f"{error}{cure}" if str(error) else type(error).__name__, code) from error
+        print_line(f"{'done':<10} {PHASES[code].lower()} in {time.perf_counter() - began:.1f} s")
 
     def _keep_options(self) -> None:
         """For the next ``--resume``; only options that make a configuration come so far."""
-        try:
-            self._publish(self._out / OPTIONS_FILE, kept_options(self._options))
-        except OSError as error:
-            raise PhaseFailed(EXIT_PREREQUISITES, f"{error.filename or self._out}: {error.strerror}") from error
+        self._publish(self._out / OPTIONS_FILE, kept_options(self._options))
 
     def _publish(self, path: Path, content: bytes) -> None:
         """Write a file that other pipelines in this output directory may be writing too; the last one stays."""
@@ -135,53 +111,38 @@ class Pipeline:
     def _prepare(self, config: ExperimentConfig, work: WorkContext) -> TextTask:
         task = TextTask(config)
         shared, preparation = self._out / SHARED_CORPORA, task.preparation
-        with self._phase(1), self._failing(EXIT_CORPUS):
-            if self._options.skip_corpus:
-                _require(preparation.missing_corpus(shared), EXIT_CORPUS, "corpus", "--skip-corpus")
+        with self._phase(errors.EXIT_CORPUS):
+            if self._options.skip_corpus and (missing := preparation.missing_corpus(shared)):
+                raise RunError(f"there is no corpus to go on with ({missing}); leave out --skip-corpus")
             task.check(work)
             corpus = preparation.build_corpus(shared, work)
-            self._tell_skipped(task, "corpus")
-        with self._phase(2), self._failing(EXIT_TOKENIZER):
-            if self._options.skip_tokenizer:
-                missing = preparation.missing_tokenizer(corpus, shared)
-                _require(missing, EXIT_TOKENIZER, "tokenizer", "--skip-tokenizer")
+            _tell_skipped(task, "corpus")
+        with self._phase(errors.EXIT_TOKENIZER):
+            if self._options.skip_tokenizer and (missing := preparation.missing_tokenizer(corpus, shared)):
+                raise RunError(f"there is no tokenizer to go on with ({missing}); leave out --skip-tokenizer")
             tokenizer = preparation.build_tokenizer(corpus, shared, work)
             task.open(str(preparation.build_tokens(corpus, tokenizer, shared, work)))
-            self._tell_skipped(task, "tokenizer", "tokens")
+            _tell_skipped(task, "tokenizer", "tokens")
         return task
-
-    @staticmethod
-    def _tell_skipped(task: TextTask, *names: str) -> None:
-        if not any(name in task.preparation.built for name in names):
-            say("skipped", "nothing to do: what is there was verified")
 
     # -- training --------------------------------------------------------------------------
 
     def _train(self, config: ExperimentConfig, task: TextTask) -> None:
         run_dir = run_dir_of(config)
-        with self._phase(3), self._failing(EXIT_TRAINING):
+        with self._phase(errors.EXIT_TRAINING):
             record = record_of(run_dir)
             if record is not None and record.status == "completed" and not self._options.fresh:
-                self._require_same_data(run_dir, task)
+                _require_same_data(run_dir, task)
                 say("skipped", f"{run_dir} is trained")
             if self._options.launcher is None:
                 earlier = EarlierRun(fresh=self._options.fresh)
                 code = experiment.run(config, earlier=earlier, command=list(sys.argv), reached=self._work.reached)
             else:
                 code = self._launch(config, run_dir)
-            if code == EXIT_PREEMPTED:
+            if code == errors.EXIT_PREEMPTED:
                 raise Interrupted
-            if code != EXIT_OK:
-                raise PhaseFailed(EXIT_TRAINING, _why_training_failed(run_dir))
-
-    @staticmethod
-    def _require_same_data(run_dir: Path, task: TextTask) -> None:
-        """Refuse a finished run whose corpus is another by now: its model knows nothing of it."""
-        found = list_checkpoints(run_dir / "checkpoints")
-        # A damaged one is told of by the validation.
-        if found and not verify(found[-1][1]):
-            step, checkpoint = found[-1]
-            require_data(saved_data(checkpoint), task.digests(), step, "train anew")
+            if code != errors.EXIT_OK:
+                raise RunError(_why_training_failed(run_dir))
 
     def _launch(self, config: ExperimentConfig, run_dir: Path) -> int:
         """Train in the processes that ``--launcher`` starts; the record says what came of it, launchers do not."""
@@ -205,19 +166,19 @@ class Pipeline:
         is_new = _launch_of(after) != before
         status = None if after is None else after.status
         if status == "completed" and (is_new or process.returncode == 0):
-            return EXIT_OK
+            return errors.EXIT_OK
         if stop.requested or (is_new and status == "preempted"):
-            return EXIT_PREEMPTED
+            return errors.EXIT_PREEMPTED
         if not is_new:
-            rule = f"ended with code {process.returncode} before training began; see above, and check it"
-            raise PhaseFailed(EXIT_TRAINING, f"--launcher: {line[0]} {rule}")
-        return EXIT_TRAINING
+            what = f"--launcher: {line[0]} ended with code {process.returncode}"
+            raise RunError(f"{what} before training began; see above, and check it")
+        return errors.EXIT_TRAINING
 
     # -- validation ------------------------------------------------------------------------
 
     def _validate(self, config: ExperimentConfig, task: TextTask) -> int:
         run_dir = run_dir_of(config)
-        with self._phase(4), self._failing(EXIT_VALIDATION):
+        with self._phase(errors.EXIT_VALIDATION):
             found = record_of(run_dir)
             assert found is not None, "a finished run has a record"
             record, checkpoint = found.to_dict(), _final_checkpoint(run_dir, found)
@@ -238,9 +199,9 @@ class Pipeline:
         self._summarise(run_dir, checkpoint["path"])
         if not gate["passed"]:
             reason = f"the model does not pass: {gate['failure_reason']}; {reports.advice(task.advice, gate)}"
-            raise PhaseFailed(EXIT_VALIDATION, reason)
+            raise PhaseFailed(reason, errors.EXIT_VALIDATION)
         print_line(f"\nsuccess in {time.perf_counter() - self._began:.1f} s")
-        return EXIT_OK
+        return errors.EXIT_OK
 
     def _write(self, path: Path, values: Mapping[str, Any]) -> None:
         self._work.reached(REPORT_BEGUN)
@@ -249,16 +210,9 @@ class Pipeline:
 
     def _summarise(self, run_dir: Path, checkpoint: str) -> None:
         print_line("\nartifacts")
-        paths = [
-            Path(checkpoint) / "model.safetensors",
-            Path(checkpoint) / "tokenizer.json",
-            run_dir / "result.json",
-            run_dir / "figures" / "training_curves.png",
-            run_dir / "samples",
-            run_dir / METRICS_FILE,
-            run_dir / REPORT_FILE,
-        ]
-        for path in paths:
+        made = ("result.json", "figures/training_curves.png", "samples", METRICS_FILE, REPORT_FILE)
+        paths = [Path(checkpoint) / name for name in ("model.safetensors", "tokenizer.json")]
+        for path in [*paths, *(run_dir / name for name in made)]:
             if path.exists():
                 files = path.rglob("*") if path.is_dir() else [path]
                 size = sum(each.stat().st_size for each in files if each.is_file())
@@ -266,20 +220,25 @@ class Pipeline:
         print_line(f'\ntry it: accel-train generate {run_dir} --prompt "The"')
 
 
-def _require(missing: str | None, code: int, what: str, option: str) -> None:
-    if missing is not None:
-        raise PhaseFailed(code, f"there is no {what} to go on with ({missing}); leave out {option}")
+def _tell_skipped(task: TextTask, *names: str) -> None:
+    if not any(name in task.preparation.built for name in names):
+        say("skipped", "nothing to do: what is there was verified")
+
+
+def _require_same_data(run_dir: Path, task: TextTask) -> None:
+    """Refuse a finished run whose corpus is another by now: its model knows nothing of it."""
+    found = list_checkpoints(run_dir / "checkpoints")
+    # A damaged one is told of by the validation.
+    if found and not verify(found[-1][1]):
+        step, checkpoint = found[-1]
+        require_data(saved_data(checkpoint), task.digests(), step, "train anew")
 
 
 def _final_checkpoint(run_dir: Path, record: RunRecord) -> dict[str, Any]:
     path = run_dir / "checkpoints" / step_directory(int(record.metrics.scalars["steps_trained"] or 0))
-    problems = verify(path)
-    if problems:
-        raise PhaseFailed(
-            EXIT_VALIDATION,
-            f"the trained model is damaged: {path}: {'; '.join(problems)}; put the file back, or train again with "
-            "--fresh",
-        )
+    if problems := verify(path):
+        reason = f"the trained model is damaged: {path}: {'; '.join(problems)}"
+        raise RunError(f"{reason}; put the file back, or train again with --fresh")
     return {"path": str(path), "weights_sha256": read_manifest(path)["files"]["model.safetensors"]["sha256"]}
 
 

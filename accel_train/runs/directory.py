@@ -18,8 +18,8 @@ from pathlib import Path
 
 import yaml
 
-from accel_train.config.fields import from_dict, to_dict
-from accel_train.config.identity import config_hash, differing_fields, experiment_id, hashed_fields
+from accel_train.config.fields import from_dict, result_values, to_dict
+from accel_train.config.identity import config_hash, differing_fields, experiment_id
 from accel_train.config.parse import load_yaml
 from accel_train.config.sections import SHARED_CORPORA, ExperimentConfig
 from accel_train.errors import ConfigError
@@ -121,7 +121,7 @@ class RunDirectory:
         if not path.exists():
             return
         theirs = read_config(path)
-        lines = differing_fields(hashed_fields(self.config), hashed_fields(theirs))
+        lines = differing_fields(result_values(self.config), result_values(theirs))
         if not lines and (self.path / RECORD_FILE).exists():
             known = read_record(self.path).config_hash
             if known != self.config_hash:

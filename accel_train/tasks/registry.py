@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from accel_train.config.imports import import_by_path
+from accel_train.config.fields import import_by_path
 from accel_train.config.sections import ExperimentConfig, experiment_class
 from accel_train.errors import ConfigError
 from accel_train.tasks.base import Task

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from accel_train.config.imports import import_by_path
+from accel_train.config.fields import import_by_path
 from accel_train.config.sections import HooksConfig
 from accel_train.errors import ConfigError
 from accel_train.model.transformer import Block

@@ -115,7 +115,7 @@ class Trainer:
         self._prepare(model, dataset)
         checkpointer: Checkpointer | None = None
         if run_dir is not None:
-            identity = {**dict(result_values(self.config)), "seed": seed, "samples": len(dataset)}
+            identity = {**result_values(self.config), "seed": seed, "samples": len(dataset)}
             checkpointer = Checkpointer(
                 Path(run_dir) / "checkpoints",
                 self.accelerator,

@@ -27,7 +27,7 @@ from web import Web, fails, gives, redirects, stalls, truncates
 from accel_train.files.atomic import sha256_file
 from accel_train.pipeline import prerequisites
 from accel_train.pipeline.command import main as pipeline_main
-from accel_train.pipeline.options import parse_options
+from accel_train.pipeline.command import parse_options
 from accel_train.pipeline.reports import load_metrics_schema
 from accel_train.pipeline.run import Pipeline
 from accel_train.process.work import pass_by

@@ -81,7 +81,7 @@ class WalkCorpus:
         defines = {
             "version": _CORPUS_VERSION,
             "seed": self._seed,
-            "graph": dict(result_values(section.graph)),
+            "graph": result_values(section.graph),
             "jumpers_per_block": section.rules.jumpers_per_block,
             "jump_lengths": list(section.rules.lengths(self._context)),
             "walks": {"num_walks": section.num_walks, "walk_length": section.walk_length},

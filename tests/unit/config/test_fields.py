@@ -115,7 +115,7 @@ def test_stored_values_with_an_unknown_field_are_refused(values, field):
 
 
 def test_neutral_fields_are_no_part_of_the_result():
-    assert dict(result_values(Whole())) == {"seed": 1, "part": {"width": 4, "rates": [0.5]}}
+    assert result_values(Whole()) == {"seed": 1, "part": {"width": 4, "rates": [0.5]}}
 
 
 def test_field_types_name_sections_and_leaves():

@@ -185,6 +185,10 @@ WRONG_FILES = {
         "trainin:\n  batch_size: 1\n",
         "trainin: {{'batch_size': 1}} is not a field of the configuration; did you mean training? (in {file})",
     ),
+    "name of the class alone": (
+        "section_name: walks\n",
+        "section_name: 'walks' is not a field of the configuration; accel-train train --help lists them (in {file})",
+    ),
     "type": ("training:\n  learning_rate: abc\n", "training.learning_rate: 'abc' must be a number (in {file})"),
     "section as a value": ("training: 5\n", "training: 5 must be a section with fields of its own (in {file})"),
     "rule of the dataclass": (

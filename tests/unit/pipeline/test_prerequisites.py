@@ -9,7 +9,7 @@ from accel_train.config.sections import CheckpointConfig, ModelConfig, StartConf
 from accel_train.errors import EXIT_PREREQUISITES, ConfigError, PhaseFailed
 from accel_train.model import size
 from accel_train.pipeline import prerequisites
-from accel_train.pipeline.options import parse_options
+from accel_train.pipeline.command import parse_options
 from accel_train.pipeline.prerequisites import check_space, read_configuration, record_of, run_dir_of
 from accel_train.runs.record import new_record, write_record
 from accel_train.tasks.registry import experiment_config
