@@ -24,7 +24,7 @@ from accel_train.config.parse import load_yaml
 from accel_train.config.sections import SHARED_CORPORA, ExperimentConfig
 from accel_train.errors import ConfigError
 from accel_train.files.atomic import write_atomic
-from accel_train.process.work import Say, WorkContext, wait_for
+from accel_train.process.work import SILENT, Say, WorkContext
 from accel_train.runs.lock import RunLock
 from accel_train.runs.record import RECORD_FILE, RunRecord, read_record
 from accel_train.tasks.registry import config_class
@@ -91,7 +91,8 @@ class RunDirectory:
             # Listed, not looked up: some clients remember for long that a name did not exist.
             return self.path.is_dir() and self.path / token in self.path.iterdir()
 
-        return wait_for(is_seen, min(patience, _TOKEN_SECONDS), lambda: f"waiting for {self.path / token}")
+        seconds = min(patience, _TOKEN_SECONDS)
+        return SILENT.wait_for("directory", is_seen, seconds, lambda: f"waiting for {self.path / token}")
 
     def remove_token(self, token: str, *, refused: bool) -> None:
         """Take the file away; and when the directory is refused, that too if it holds nothing else.

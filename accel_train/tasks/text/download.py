@@ -20,7 +20,7 @@ from typing import Any
 
 from accel_train.errors import DownloadError, Interrupted
 from accel_train.files.atomic import naming, sha256_file
-from accel_train.process.work import StopCheck, abandonable, never, wait_for
+from accel_train.process.work import StopCheck, WorkContext, abandonable, never
 
 _BLOCK_BYTES = 1 << 18
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -72,7 +72,7 @@ def download(
             rule = f"could not be fetched in {attempts} attempts: {reason}; check the network and try again"
             raise DownloadError(url, rule)
         on_retry(f"attempt {attempt} of {attempts}: {reason}; next in {pause:g} s")
-        wait_for(never, pause, lambda: f"waiting to fetch {url} again", should_stop=should_stop)
+        WorkContext(should_stop=should_stop).wait_for("corpus", never, pause, lambda: f"waiting to fetch {url} again")
         pause *= 2
     transfer.check_size(path.stat().st_size)
     digest = sha256_file(path)

@@ -28,7 +28,7 @@ from accel_train.config.sections import ModelConfig
 from accel_train.model.generation import stream
 from accel_train.model.transformer import TransformerLM
 from accel_train.process.signals import tied_to_this_process
-from accel_train.process.work import StopCheck, wait_for
+from accel_train.process.work import StopCheck, WorkContext
 from accel_train.tasks.text.config import TextConfig
 from accel_train.tasks.text.tokenizer import TOKENIZER_FILE, TextTokenizer
 
@@ -78,7 +78,8 @@ def measure_apart(checkpoint: Path, should_stop: StopCheck, timeout: float = 600
     ):
         try:
             what = f"using {checkpoint}"
-            if not wait_for(lambda: process.poll() is not None, timeout, lambda: what, should_stop=should_stop):
+            work = WorkContext(should_stop=should_stop)
+            if not work.wait_for("inference", lambda: process.poll() is not None, timeout, lambda: what):
                 raise InferenceError(f"{what} took longer than {timeout:g} s")
         finally:
             process.kill()
