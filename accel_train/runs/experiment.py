@@ -271,9 +271,8 @@ class _Experiment:
             callbacks.append(Trackers(self.accelerator, config.tracking.project, to_dict(config)))
         if self.coordinator.is_main:
             callbacks += [self.progress, recorder]
-        world = self.coordinator.world_size
+        device, world = machine(self.accelerator)["device"], self.coordinator.world_size
         processes = "1 process" if world == 1 else f"{world} processes"
-        device = machine(self.accelerator)["device"]
         self.say("model", f"{count_parameters(model):,} parameters on {device}, {processes}")
         return Trainer(
             model,
