@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from accel_train.data.permutation import GlobalBatchSampler
+from accel_train.process.signals import STOP_SIGNALS
 
 
 class DatasetWithIds(Dataset[Any]):
@@ -54,7 +55,7 @@ def seed_worker(_worker_id: int) -> None:
     A scheduler signals the whole process group. If a worker died of the signal, the training process would fail
     in the middle of a step, instead of saving its state and leaving.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     seed = torch.initial_seed() % 2**32
     random.seed(seed)

@@ -25,7 +25,7 @@ from accel_train.config.sections import SHARED_CORPORA, ExperimentConfig
 from accel_train.errors import ConfigError
 from accel_train.files.atomic import write_atomic
 from accel_train.process.work import SILENT, Say, WorkContext
-from accel_train.runs.lock import RunLock
+from accel_train.runs.lock import LOCK_FILE, RunLock
 from accel_train.runs.record import RECORD_FILE, RunRecord, read_record
 from accel_train.tasks.registry import config_class
 
@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 _TOKEN, _TOKEN_SECONDS = ".seen-by-all-", 30.0
-# The record goes first: a kill in the middle of archiving must not leave a directory that looks finished.
-_ARCHIVED = (RECORD_FILE, "checkpoints", "metrics.jsonl", CONFIG_FILE, "figures", "samples", "logs", "tracking")
+_NOT_ARCHIVED = (LOCK_FILE, _TOKEN)
+"""How the names begin of what belongs to a launch in progress and not to a run."""
 
 
 class RunDirectory:
@@ -133,9 +133,11 @@ class RunDirectory:
             raise ConfigError("name", self.path.name, rule)
 
     def _archive(self, say: Say) -> None:
-        present = [name for name in _ARCHIVED if (self.path / name).exists()]
+        present = [path.name for path in self.path.iterdir() if not path.name.startswith(_NOT_ARCHIVED)]
         if not present:
             return
+        # The record goes first: a kill in the middle of archiving must not leave a directory that looks finished.
+        present.sort(key=lambda name: name != RECORD_FILE)
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
         archive = self.path.with_name(f"{self.path.name}.archived-{stamp}")
         number = 1

@@ -54,7 +54,7 @@ def judge(
     evidence: Mapping[str, Any] | None = None,
     too_thin: Sequence[str] = (),
 ) -> Verdict:
-    """Judge ``metrics``: passed when every criterion holds and no evidence is too thin.
+    """Judge ``metrics``: passed when there is a criterion, every one holds, and no evidence is too thin.
 
     Args:
         criteria: what is asked.
@@ -63,6 +63,8 @@ def judge(
         too_thin: reasons why the evidence does not suffice, whatever the values.
     """
     rows, reasons = [], list(too_thin)
+    if not criteria:
+        reasons.append("nothing is asked: set a threshold")
     for criterion in criteria:
         value = metrics.get(criterion.metric)
         holds = criterion.holds(value)

@@ -13,6 +13,7 @@ from torch import nn
 
 from accel_train.checkpoints.random_states import preserved_random_state
 from accel_train.data.loader import DatasetWithIds
+from accel_train.errors import Interrupted
 from accel_train.process.fault_points import EVALUATION_BEGUN
 from accel_train.process.work import StopCheck
 from accel_train.ranks.coordinator import Coordinator
@@ -103,24 +104,27 @@ class Evaluation:
     def __bool__(self) -> bool:
         return self.evaluate is not None or bool(self.validation)
 
-    def losses(
-        self, model: nn.Module, leave_if_asked: Callable[[], None], leave: Callable[[], None]
-    ) -> dict[str, float]:
+    def losses(self, model: nn.Module, poll: StopCheck) -> dict[str, float]:
         """Return the mean loss on every validation dataset, on every rank.
 
         Args:
             model: wrapped.
-            leave_if_asked: called after every round of batches; leaves by an exception on all ranks or on none.
-            leave: leaves on all ranks, when they agreed on it after the last round.
+            poll: called after every round of batches; true on all ranks or on none.
+
+        Raises:
+            Interrupted: a rank was asked to stop; the random states are those before.
         """
 
+        def leave_if(asked: bool) -> None:
+            if asked:
+                raise Interrupted
+
         def gather(sums: Any) -> list[Any]:
-            if self.coordinator.drain():
-                leave()
+            leave_if(self.coordinator.drain())
             return self.coordinator.gather("validation loss", sums)
 
         plan = self.plan
-        share = Share(plan.micro_batch, plan.rank, plan.world_size, leave_if_asked, gather)
+        share = Share(plan.micro_batch, plan.rank, plan.world_size, lambda: leave_if(poll()), gather)
         return {
             name: mean_loss(model, DatasetWithIds(dataset), self.loss_fn, self.device, share)
             for name, dataset in self.validation.items()

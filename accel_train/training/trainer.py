@@ -302,11 +302,11 @@ class Trainer:
         """Return the evaluator's verdict, with the losses on the validation datasets among its metrics."""
         state, loop = self.state, self.loop_state
         with self.clock.timed("evaluation"):
-            loop.losses = self._evaluation.losses(self.model, self._preempt_if_asked, self._preempt)
-            best = loop.losses.get("val", math.inf)
-            if best < (math.inf if state.best_loss is None else state.best_loss):
-                state.best_step, state.best_loss = state.step, best
             try:
+                loop.losses = self._evaluation.losses(self.model, self._asked_to_stop)
+                best = loop.losses.get("val", math.inf)
+                if best < (math.inf if state.best_loss is None else state.best_loss):
+                    state.best_step, state.best_loss = state.step, best
                 verdict = self._evaluation.verdict(self.unwrapped_model, loop)
             except Interrupted:
                 self._preempt()
@@ -314,8 +314,11 @@ class Trainer:
         losses = {f"{name}_loss": loss for name, loss in loop.losses.items()}
         return {**verdict, "metrics": {**losses, **verdict.get("metrics", {})}} if losses else verdict
 
+    def _asked_to_stop(self) -> bool:
+        return self._coordinator.poll(self._commits.failure)
+
     def _preempt_if_asked(self) -> None:
-        if self._coordinator.poll(self._commits.failure):
+        if self._asked_to_stop():
             self._preempt()
 
     def _commit(self) -> None:

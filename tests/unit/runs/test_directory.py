@@ -154,13 +154,15 @@ def test_the_archive_holds_everything_but_the_lock(config):
     names = ["checkpoints", "figures", "samples", "logs", "tracking"]
     for name in names:
         (directory.path / name).mkdir()
-    (directory.path / "metrics.jsonl").write_text("")
+    files = ["metrics.jsonl", "validation_report.json", "notes of mine.txt"]
+    for name in files:
+        (directory.path / name).write_text("")
     directory.close()
     directory.open(SILENT, fresh=True)
     directory.close()
     [archive] = directory.path.parent.glob("mine.archived-*")
-    assert {path.name for path in archive.iterdir()} == {*names, "metrics.jsonl", "result.json", CONFIG_FILE}
-    assert {path.name for path in directory.path.iterdir()} & {*names, "metrics.jsonl", "result.json"} == set()
+    assert {path.name for path in archive.iterdir()} == {*names, *files, "result.json", CONFIG_FILE}
+    assert {path.name for path in directory.path.iterdir()} & {*names, *files, "result.json"} == set()
 
 
 def test_a_kill_while_archiving_leaves_no_finished_run(config, monkeypatch):

@@ -32,6 +32,12 @@ def test_a_gate_passes_only_when_every_criterion_holds():
     assert [row["passed"] for row in failed.criteria] == [True, False]
 
 
+def test_a_gate_that_asks_nothing_does_not_pass():
+    verdict = judge([], {"rule": 1.0})
+    assert not verdict.passed
+    assert verdict.failure_reason == "nothing is asked: set a threshold"
+
+
 def test_thin_evidence_fails_a_gate_whose_figures_are_perfect():
     verdict = judge([Criterion("rule", ">", 0.8)], {"rule": 1.0}, too_thin=["too few rule checks: 3"])
     assert not verdict.passed

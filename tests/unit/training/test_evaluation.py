@@ -101,7 +101,7 @@ def test_the_best_checkpoint_outlives_the_rotation(tiny_model, tiny_dataset, tmp
 
 @pytest.mark.parametrize("number", range(1, 6))
 def test_a_run_stopped_in_it_validates_after_the_resume_and_ends_the_same(tiny_model, tiny_dataset, tmp_path, number):
-    """Five batches: the signal comes before each of them in turn."""
+    """Five batches: the signal comes before each of them in turn. Their dataset draws from the global generators."""
     held_out = tiny_dataset(seed=9)
 
     class Stopping:
@@ -111,6 +111,7 @@ def test_a_run_stopped_in_it_validates_after_the_resume_and_ends_the_same(tiny_m
             return len(held_out)
 
         def __getitems__(self, ids):
+            torch.rand(1)
             Stopping.calls += 1
             if Stopping.calls == number:
                 os.kill(os.getpid(), signal.SIGUSR1)
