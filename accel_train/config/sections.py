@@ -134,7 +134,7 @@ class CheckpointConfig:
     every_steps: Count | None = neutral(default=None)
     """Also write a checkpoint every `every_steps` steps; null: at the end of every epoch only."""
     keep_last: Count = neutral(default=3)
-    """Newest checkpoints kept; the one that passed the gate is kept besides."""
+    """Newest checkpoints kept; the first that passed the gate and the best on held-out data are kept besides."""
     verify: Literal["full", "size"] = neutral(default="full")
     """What a resume compares with the manifest: the digest of every file, or sizes only."""
 

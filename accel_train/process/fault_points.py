@@ -7,7 +7,7 @@ kills its process at a point turns "at any instant" into a list that can be test
 from __future__ import annotations
 
 CORPUS_BEGUN = "corpus begun"
-"""The temporary directory of a corpus exists; main process."""
+"""The temporary directory of a corpus, a tokenizer or tokens exists; main process."""
 CORPUS_BUILT = "corpus built"
 """Its files are written; neither digested nor renamed."""
 STEP_DONE = "step done"

@@ -221,7 +221,7 @@ def live_runs(run_dirs: Iterable[Path]) -> set[Path]:
     """Return those of ``run_dirs`` that a live process holds.
 
     Only owner files are read, so nobody who acquires a lock is disturbed. Processes of this host are looked up;
-    owners on other hosts are watched, all together, for two heartbeats at most.
+    owners on other hosts are watched, all together, for two and a half heartbeats.
     """
     owners = {run_dir: owner for run_dir in run_dirs if (owner := read_owner(run_dir)) and not owner.is_gone}
     live = {run_dir for run_dir, owner in owners.items() if owner.is_local}

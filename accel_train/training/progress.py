@@ -1,7 +1,7 @@
 """What a person sees of a run: phase lines, one bar per epoch, one summary line per epoch.
 
 On a terminal the bar lives on stderr; elsewhere there is no bar but one line per log interval,
-so that a log file stays readable. Only the main process makes one of these.
+so that a log file stays readable. Only the main process shows one of these.
 """
 
 from __future__ import annotations
