@@ -12,7 +12,7 @@ What each file measures:
   bench_peers.py       the Trainer beside other trainers
   bench_growth.py      time and memory of the rest at 1, 10 and 100 times the size
   bench_text.py        the text task: steps, tokenization, generation in a process of its own
-  bench_gpu.py         steps on a GPU in every mode; bench_gpu.sh also tests and trains there
+  bench_gpu.sh         everything on a GPU, in parts (bench_gpu.py): tests, the step in every mode, generation
   bench_turns.py       no benchmark: processes that train in turns
   bench_machine.py     no benchmark: the machine and the versions that figures depend on
   bench_report.py      ``make bench``: all of them, beside their targets, into docs/benchmarks.md
@@ -36,9 +36,8 @@ from typing import Any
 
 import torch
 from bench_checkpoint import bench_checkpoint, bench_resume
-from bench_gpu import bench_gpu
 from bench_growth import bench_growth
-from bench_loops import bench_memory, bench_overhead, bench_scaling
+from bench_loops import DEVICE, bench_memory, bench_overhead, bench_scaling, synchronize
 from bench_machine import machine
 from bench_peers import bench_peers
 from bench_text import bench_text
@@ -64,18 +63,19 @@ def median_seconds(rounds: int, **runs: Callable[[], object]) -> dict[str, float
         for name, run in runs.items():
             start = time.perf_counter()
             run()
+            synchronize()
             if round_number:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def bench_generate() -> Figures:
+def bench_generate(num: int = 1000, rounds: int = 9) -> Figures:
     """Greedy generation of 1000 sequences of 64 tokens with the anchor model (goal: at most 4 s)."""
-    num, length, prompt_length, vocab_size = 1000, 64, 8, 500
+    length, prompt_length, vocab_size = 64, 8, 500
     config = ModelConfig()
     torch.manual_seed(0)
-    model = TransformerLM(config, vocab_size)
-    prompts = torch.randint(vocab_size, (num, prompt_length))
+    model = TransformerLM(config, vocab_size).to(DEVICE)
+    prompts = torch.randint(vocab_size, (num, prompt_length)).to(DEVICE)
     runs: dict[str, Callable[[], object]] = {"ours": lambda: generate(model, prompts, length)}
     if importlib.util.find_spec("transformers") is not None:
         from transformers import GPT2Config, GPT2LMHeadModel  # noqa: PLC0415  (slow to import, and optional)
@@ -92,11 +92,11 @@ def bench_generate() -> Figures:
                 tie_word_embeddings=False,
             )
         )
-        peer.eval()
+        peer.to(DEVICE).eval()
         mask = torch.ones_like(prompts)
         options = {"max_length": length, "do_sample": False, "use_cache": True, "pad_token_id": 0}
         runs["transformers"] = lambda: peer.generate(prompts, attention_mask=mask, **options)
-    seconds = median_seconds(9, **runs)
+    seconds = median_seconds(rounds, **runs)
     figures: Figures = {
         "sequences": num,
         "length": length,
@@ -194,7 +194,6 @@ BENCHMARKS: dict[str, Callable[[], Figures]] = {
     "checkpoint": bench_checkpoint,
     "corpus": bench_corpus,
     "generate": bench_generate,
-    "gpu": bench_gpu,
     "growth": bench_growth,
     "memory": bench_memory,
     "overhead": bench_overhead,

@@ -1,161 +1,249 @@
-"""The benchmarks of a GPU: the anchor model's step in every mode, and a GPT-2 of 124 M parameters.
+"""Everything that needs a GPU, in runs short enough for a machine that is lent for minutes.
 
-Every mode runs in a process of its own, since Accelerate decides once in a process. In each of them the
-Trainer and a hand-written loop run in turns, and it is their ratio that is compared.
+A run is a list of parts. Each is a process of its own with a limit of its own: a red test, a failed mode or a hang
+ends that part and nothing else. As a part ends, ``PART.json`` (its figures) and ``PART.log`` (what it said) are there,
+and ``gpu.json`` holds the figures of all parts so far.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import statistics
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from bench_loops import DEVICE, SEED, BareLoop, InTurns, flops_per_token, new_model, random_dataset, synchronize
-from bench_machine import machine
-
-from accel_train.config.sections import ModelConfig, TrainingConfig
-from accel_train.training.losses import fused_cross_entropy, next_token_cross_entropy
-from accel_train.training.trainer import Trainer
-
 Figures = dict[str, Any]
 
-ANCHOR, ANCHOR_VOCAB = ModelConfig(), 500
-GPT2 = ModelConfig(d_model=768, n_layers=12, n_heads=12, max_seq_len=1024, dropout=0.0, tie_embeddings=True)
-GPT2_VOCAB = 50304
-"""GPT-2's 50,257, rounded up to a multiple of 64 as nanoGPT does."""
+ROOT = Path(__file__).resolve().parent.parent
+RUN_SECONDS = 480.0
+"""Longest time of a run: a machine is lent for ten minutes at a time, and starting it and copying take some."""
+TESTS = "tests/integration/test_gpu.py"
 
-COMPILED = {"ACCELERATE_DYNAMO_BACKEND": "inductor"}
-BFLOAT16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
-MODES: Mapping[str, tuple[dict[str, str], bool]] = {
-    "kernel by kernel": ({}, False),
-    "recorded": ({}, True),
-    "compiled": (COMPILED, False),
-    "compiled, recorded": (COMPILED, True),
-    "compiled, recorded, bfloat16": ({**COMPILED, **BFLOAT16}, True),
-}
-"""Environment of the process, and ``training.cuda_graph``."""
-
-PEAK_TERAFLOPS = {"H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "A100": 312.0, "L4": 121.0, "RTX 4090": 165.0}
-"""Dense bfloat16 matrix products, from the makers' data sheets; the first name found in the device's counts."""
+START_SECONDS = 12.0
+"""Assumed for estimates: a process until PyTorch is imported and the device is ready."""
+COMPILE_SECONDS = {"anchor": 35.0, "gpt2": 90.0}
+"""Assumed for estimates: compiling a model for the first time, forward and backward pass."""
+LAUNCHED_STEP_SECONDS, REPLAYED_STEP_SECONDS = 0.006, 0.0012
+"""Assumed for estimates: a step of the anchor model whose kernels are launched one by one, and one that is replayed."""
 
 
-def bench_gpu() -> Figures:
-    """Anchor model in every mode and a 124 M GPT-2 in bfloat16, on a GPU (goals: 4 x, 1.05, 45 %, 1.0)."""
-    if DEVICE.type != "cuda":
-        raise SystemExit("bench.py: gpu needs a CUDA device, and there is none here; see benchmarks/bench_gpu.sh")
-    modes = {name: _in_process("anchor", *mode) for name, mode in MODES.items()}
-    gpt2 = _in_process("gpt2", {**COMPILED, **BFLOAT16}, True)
-    fastest = min((m for m in modes if "bfloat16" not in m), key=lambda name: modes[name]["ratio"])
-    peak = next((rate for name, rate in PEAK_TERAFLOPS.items() if name in torch.cuda.get_device_name()), None)
+@dataclass(frozen=True)
+class Part:
+    """One process of a run.
+
+    Args:
+        name: of its files.
+        command: line after the interpreter's name.
+        limit: seconds until it is killed.
+        estimate: seconds that it is expected to take on a GPU, from what it does.
+        environment: variables beside those of this process.
+        accepts: exit codes that are no failure.
+    """
+
+    name: str
+    command: Sequence[str]
+    limit: float
+    estimate: float
+    environment: Mapping[str, str]
+    accepts: tuple[int, ...] = (0,)
+
+
+def runs(out: Path, *, dry: bool) -> dict[str, list[Part]]:
+    """Return the parts of every run.
+
+    Args:
+        out: folder of the results.
+        dry: in small, on a CPU.
+    """
+    small = ["--dry"] if dry else []
+    # One cache of compiled kernels for all parts, outside of the results, which are copied from machine to machine.
+    shared = {"TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / "accel_train_inductor")}
+    if dry:
+        shared |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+
+    two, compiled = 2 * START_SECONDS, COMPILE_SECONDS["anchor"]
+
+    def part(name: str, limit: float, estimate: float, *command: str, accepts: tuple[int, ...] = (0,)) -> Part:
+        return Part(name, command, limit, estimate, shared, accepts)
+
+    def tests(name: str, selected: str, limit: float, estimate: float) -> Part:
+        # Without the project's settings: they name plugins that the machine may lack.
+        settings = ["-c", os.devnull, "--rootdir", ".", "--import-mode", "importlib", "-p", "no:cacheprovider"]
+        line = ["-m", "pytest", "-v", "-ra", *settings, "-o", "markers=gpu: needs a CUDA device", "-k", selected, TESTS]
+        return part(name, limit, estimate, *line)
+
+    def steps(mode: str, limit: float, estimate: float) -> Part:
+        name = mode.replace(",", "").replace(" ", "-")
+        return part(name, limit, estimate, "benchmarks/bench_gpu_steps.py", mode, str(out / f"{name}.figures"), *small)
+
+    def other(name: str, limit: float, estimate: float) -> Part:
+        return part(name, limit, estimate, "benchmarks/bench_gpu_steps.py", name, str(out / f"{name}.figures"), *small)
+
+    blocks = 14 * 50  # rounds and steps of a turn, see bench_gpu_steps
+    launched, replayed = blocks * LAUNCHED_STEP_SECONDS, blocks * REPLAYED_STEP_SECONDS
     return {
-        "device": torch.cuda.get_device_name(),
+        "probe": [part("probe", 60, START_SECONDS + 8, "benchmarks/bench_gpu_probe.py", str(out / "probe.figures"))],
+        "tests": [
+            # Processes that the tests start, and what they compute themselves.
+            tests("tests-recording", "record", 215, 10 * START_SECONDS + compiled + 40),
+            tests("tests-bits", "bits and not record", 200, 13 * START_SECONDS + 20),
+            tests("tests-rest", "not bits and not record", 125, 3 * START_SECONDS + 40),
+        ],
+        "steps": [
+            steps("kernel by kernel", 70, two + 2 * launched),
+            steps("recorded", 70, two + launched + replayed),
+            steps("recorded, not deterministic", 70, two + launched + replayed),
+            steps("compiled", 115, two + 2 * compiled + launched),
+            steps("compiled, recorded", 100, two + compiled / 2 + launched / 2 + replayed),
+            steps("compiled, recorded, bfloat16", 115, two + 2 * compiled + launched / 2 + replayed),
+        ],
+        "large": [
+            other("gpt2", 240, two + 2 * COMPILE_SECONDS["gpt2"] + 80 * 0.12 * 2),
+            other("generate", 60, START_SECONDS + 10 * 1.5),
+            other("gate", 170, 2 * START_SECONDS + 80),
+        ],
+    }
+
+
+def run_part(part: Part, out: Path, limit: float, *, kill_after: float | None = None) -> Figures:
+    """Run a part, write its files, and return what is in ``PART.json``.
+
+    Args:
+        part: the part.
+        out: folder of its files.
+        limit: seconds until it is killed.
+        kill_after: seconds until it is killed as if memory had run out; for the test of what follows.
+    """
+    figures_file = out / f"{part.name}.figures"
+    figures_file.unlink(missing_ok=True)
+    environment = {**os.environ, **part.environment}
+    began, how = time.monotonic(), "ended"
+    with (out / f"{part.name}.log").open("w", encoding="utf-8") as said:
+        process = subprocess.Popen(
+            [sys.executable, *part.command],
+            cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True,
+        )  # fmt: skip
+        try:
+            process.wait(limit if kill_after is None else min(limit, kill_after))
+        except subprocess.TimeoutExpired:
+            how = f"killed after {limit:.0f} s" if kill_after is None else "killed on purpose"
+        finally:
+            _end_group(process)
+    figures = json.loads(figures_file.read_text(encoding="utf-8")) if figures_file.exists() else None
+    figures_file.unlink(missing_ok=True)
+    passed = how == "ended" and process.returncode in part.accepts
+    found = {
+        "part": part.name,
+        "status": "passed" if passed else "failed",
+        "how": how if how != "ended" else f"exit code {process.returncode}",
+        "seconds": round(time.monotonic() - began, 1),
+        "limit_seconds": part.limit,
+        "estimated_seconds": round(part.estimate, 1),
+        "figures": figures,
+    }
+    _write(out / f"{part.name}.json", found)
+    return found
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of a part: the processes that it started are in its group."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _write(path: Path, content: Figures) -> None:
+    """Write whole or not at all: the machine may be taken back at any moment."""
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def run(
+    parts: Iterable[Part],
+    out: Path,
+    say: Callable[[str], None] = _say,
+    *,
+    fail: Sequence[str] = (),
+    seconds: float = RUN_SECONDS,
+) -> list[Figures]:
+    """Run the parts one after the other within ``seconds`` and return what each came to; kill those in ``fail``."""
+    deadline, done = time.monotonic() + seconds, []
+    for part in parts:
+        left = deadline - time.monotonic()
+        if left < min(part.limit, part.estimate):
+            say(f"{part.name:32} left out: it takes about {part.estimate:.0f} s, and {left:.0f} s are left")
+            found: Figures = {"part": part.name, "status": "left out", "figures": None}
+            _write(out / f"{part.name}.json", found)
+        else:
+            say(f"{part.name:32} running, at most {min(part.limit, left):.0f} s")
+            found = run_part(part, out, min(part.limit, left), kill_after=1.0 if part.name in fail else None)
+            say(f"{part.name:32} {found['status']} ({found['how']}) in {found['seconds']:.0f} s")
+        done.append(found)
+        _write(out / "gpu.json", combined(out))
+    return done
+
+
+def combined(out: Path) -> Figures:
+    """Return the figures of all parts in ``out`` as ``bench_report.py --take gpu`` wants them.
+
+    What is missing is None; parts of earlier runs into the same folder count.
+    """
+    files = sorted(path for path in out.glob("*.json") if path.name != "gpu.json")
+    parts = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    figures: dict[str, Figures] = {each["part"]: each["figures"] for each in parts if each["figures"] is not None}
+    machine = next((each["machine"] for each in figures.values() if "machine" in each), None)
+    modes = {each["mode"]: each for each in figures.values() if "mode" in each and each["mode"] != "gpt2"}
+    exact = {mode: each for mode, each in modes.items() if "bfloat16" not in mode and "deterministic" not in mode}
+    fastest = min(exact, key=lambda mode: exact[mode]["step_ms"]) if exact else None
+    launched, bfloat16 = modes.get("kernel by kernel"), modes.get("compiled, recorded, bfloat16")
+    gpt2 = figures.get("gpt2")
+    return {
+        "machine": machine,
+        "status": {each["part"]: each["status"] for each in parts},
         "modes": modes,
         "fastest_mode": fastest,
-        "to_bare_loop": 1 / modes[fastest]["ratio"],
-        "step_to_replay": modes[fastest]["step_to_replay"],
+        "to_bare_loop": launched["bare_step_ms"] / exact[fastest]["step_ms"] if launched and fastest else None,
+        "step_to_replay": exact[fastest]["step_to_replay"] if fastest else None,
+        "anchor_utilisation": bfloat16["utilisation"] if bfloat16 else None,
         "gpt2": gpt2,
-        "gpt2_to_nanogpt_style": 1 / gpt2["ratio"],
-        "anchor_utilisation": _utilisation(modes["compiled, recorded, bfloat16"], peak),
-        "gpt2_utilisation": _utilisation(gpt2, peak),
+        "gpt2_utilisation": gpt2["utilisation"] if gpt2 else None,
+        "gpt2_to_nanogpt_style": 1 / gpt2["ratio"] if gpt2 else None,
+        "generate": figures.get("generate"),
+        "gate": figures.get("gate"),
+        "probe": figures.get("probe"),
     }
-
-
-def _utilisation(figures: Figures, peak: float | None) -> float | None:
-    """Model FLOPs utilisation: arithmetic of the model a second, of what the device's matrix units can do."""
-    return None if peak is None else figures["teraflops"] / peak
-
-
-def _in_process(what: str, environment: dict[str, str], recorded: bool) -> Figures:
-    line = [sys.executable, __file__, what, str(int(recorded))]
-    done = subprocess.run(line, env={**os.environ, **environment}, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{what} with {environment} failed:\n{done.stderr[-3000:]}")
-    figures: Figures = json.loads(done.stdout.splitlines()[-1])
-    return figures
-
-
-def _child(what: str, recorded: bool) -> Figures:
-    if what == "anchor":
-        return measure(ANCHOR, ANCHOR_VOCAB, batch=64, block=50, rounds=12, recorded=recorded)
-    return measure(GPT2, GPT2_VOCAB, batch=16, block=10, rounds=6, recorded=recorded, as_nanogpt=True)
-
-
-def measure(
-    shape: ModelConfig,
-    vocab_size: int,
-    *,
-    batch: int,
-    block: int,
-    rounds: int,
-    recorded: bool,
-    as_nanogpt: bool = False,
-) -> Figures:
-    """The Trainer and a hand-written loop in turns; compiled and in bfloat16 like nanoGPT's if ``as_nanogpt``."""
-    steps = block * (rounds + 2)
-    config = TrainingConfig(max_steps=steps, batch_size=batch, cuda_graph=recorded, log_interval=block)
-    dataset = random_dataset(steps * batch, shape.max_seq_len, vocab_size)
-    other = new_model(shape, vocab_size)
-    bare = BareLoop(other, dataset, config, steps, compiled=as_nanogpt, bfloat16=as_nanogpt)
-    turns = InTurns(bare, block)
-    loss_fn: Callable[..., torch.Tensor] = fused_cross_entropy if as_nanogpt else next_token_cross_entropy
-    trainer = Trainer(new_model(shape, vocab_size), dataset, config, seed=SEED, callbacks=[turns], loss_fn=loss_fn)
-    state = trainer.fit()
-    ours, theirs = statistics.median(turns.ours) / block, statistics.median(turns.theirs) / block
-    tokens = batch * shape.max_seq_len
-    replay = replay_seconds(trainer)
-    return {
-        "ratio": ours / theirs,
-        "step_ms": 1e3 * ours,
-        "bare_step_ms": 1e3 * theirs,
-        "replay_ms": None if replay is None else 1e3 * replay,
-        "step_to_replay": None if replay is None else ours / replay,
-        "tokens_per_second": tokens / ours,
-        "teraflops": flops_per_token(shape, vocab_size) * tokens / ours / 1e12,
-        "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if DEVICE.type == "cuda" else None,
-        "last_losses": [state.train_loss[-1], float(bare.losses[-1])],
-    }
-
-
-def replay_seconds(trainer: Trainer, times: int = 100) -> float | None:
-    """A recorded step alone, again and again; None where none was recorded. What the trainer learned is lost."""
-    recorded = trainer._step._recorded
-    if recorded is None:
-        return None
-    rounds = []
-    for _ in range(5):
-        synchronize()
-        began = time.perf_counter()
-        for _ in range(times):
-            recorded._replay()
-        synchronize()
-        rounds.append((time.perf_counter() - began) / times)
-    return statistics.median(rounds)
 
 
 def table(found: Figures) -> str:
-    """The figures of :func:`bench_gpu` for people, as Markdown."""
-    rows = {**found["modes"], "GPT-2 124 M, compiled, recorded, bfloat16": found["gpt2"]}
+    """Return the figures of :func:`combined` as Markdown, for people."""
+    rows = {**found["modes"], **({"GPT-2 124 M, compiled, recorded, bfloat16": found["gpt2"]} if found["gpt2"] else {})}
     lines = [
-        f"{found['device']}",
-        "",
-        "| mode | step, ms | hand-written loop, ms | ratio | replay alone, ms | tokens/s | TFLOP/s |",
-        "|---|---|---|---|---|---|---|",
+        "| mode | step, ms | other loop, ms | ratio | replay alone, ms | tokens/s | TFLOP/s | peak memory, GB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, figures in rows.items():
-        replay = "" if figures["replay_ms"] is None else f"{figures['replay_ms']:.3f}"
+        replay, memory = figures["replay_ms"], figures["peak_memory_gb"]
         lines.append(
-            f"| {name} | {figures['step_ms']:.3f} | {figures['bare_step_ms']:.3f} | {figures['ratio']:.3f} | {replay} "
-            f"| {figures['tokens_per_second']:,.0f} | {figures['teraflops']:.1f} |"
+            f"| {name} | {figures['step_ms']:.3f} | {figures['bare_step_ms']:.3f} | {figures['ratio']:.3f} "
+            f"| {'' if replay is None else f'{replay:.3f}'} | {figures['tokens_per_second']:,.0f} "
+            f"| {figures['teraflops']:.2f} | {'' if memory is None else f'{memory:.2f}'} |"
         )
     ratios = {
-        "anchor model, tokens/s to the uncompiled hand-written loop": found["to_bare_loop"],
+        "anchor model, tokens/s to the uncompiled loop": found["to_bare_loop"],
         "anchor model, step to the replay alone": found["step_to_replay"],
         "anchor model, model FLOPs utilisation": found["anchor_utilisation"],
         "GPT-2 124 M, model FLOPs utilisation": found["gpt2_utilisation"],
@@ -165,34 +253,54 @@ def table(found: Figures) -> str:
     return "\n".join(lines)
 
 
-def gate(results: Path) -> Figures:
-    """What the one run in ``results`` came to: seconds of its training until the gate passed.
+def _plan(chosen: Mapping[str, Sequence[Part]]) -> str:
+    lines = [f"{'part':32} {'estimate':>9} {'limit':>7}"]
+    for name, parts in chosen.items():
+        lines += [f"{part.name:32} {part.estimate:7.0f} s {part.limit:5.0f} s" for part in parts]
+        lines.append(f"{'  ' + name:32} {sum(p.estimate for p in parts):7.0f} s {sum(p.limit for p in parts):5.0f} s")
+    return "\n".join(lines)
 
-    Raises:
-        SystemExit: there is no finished run, or not one.
-    """
-    found = list(results.glob("walks_*/result.json"))
-    if len(found) != 1:
-        raise SystemExit(f"bench_gpu.py: {results} holds {len(found)} finished runs, not one")
-    record = json.loads(found[0].read_text(encoding="utf-8"))
-    scalars, timing = record["metrics"]["scalars"], record["timing"]
-    passed = record["gate"]["passed"]
-    return {
-        "status": record["status"],
-        "passed": passed,
-        "seconds": timing["seconds"]["training"] if passed else None,
-        "seconds_of": timing["seconds"],
-        "epochs": scalars["epochs_trained"],
-        "rule_compliance": scalars["final_rule_compliance"],
-        "tokens_per_second": timing["tokens_per_second"],
-        "machine": machine(),
-    }
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is asked for; 0 if every part passed, else 1."""
+    names = list(runs(Path(), dry=False))
+    parser = argparse.ArgumentParser(
+        prog="bench_gpu.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=f"{', '.join(names)}; default: all, in this order")
+    parser.add_argument("--out", type=Path, default=os.environ.get("OUT", "results/gpu"), help="folder of the results")
+    parser.add_argument("--dry", action="store_true", help="in small on a CPU: every part runs, nothing is measured")
+    parser.add_argument("--plan", action="store_true", help="only show what each part is expected to take on a GPU")
+    parser.add_argument("--fail", nargs="+", default=[], metavar="PART", help="kill these parts, to see the rest go on")
+    options = parser.parse_args(arguments)
+    out = Path(options.out).absolute()
+    if unknown := set(options.runs) - set(names):
+        parser.error(f"{', '.join(sorted(unknown))}: not among {', '.join(names)}")
+    of_all = runs(out, dry=options.dry)
+    chosen = {name: of_all[name] for name in options.runs or names}
+    known = {part.name for parts in chosen.values() for part in parts}
+    if unknown := set(options.fail) - known:
+        parser.error(f"--fail {', '.join(sorted(unknown))}: not among {', '.join(sorted(known))}")
+    if options.plan:
+        print(_plan(chosen))
+        return 0
+    if not options.dry:
+        import torch  # noqa: PLC0415 - a moment before it is needed: --help and --plan answer at once
+
+        if not torch.cuda.is_available():
+            raise SystemExit("bench_gpu.sh: no CUDA device here; --dry runs everything in small on a CPU")
+    out.mkdir(parents=True, exist_ok=True)
+    done: list[Figures] = []
+    for name, parts in chosen.items():
+        print(f"== {name}", flush=True)
+        done += run(parts, out, fail=options.fail)
+    print(f"\n{table(combined(out))}\n")
+    print(
+        f"{out} holds a .json and a .log of every part, and all figures in gpu.json. Into docs/benchmarks.md with them:"
+    )
+    print(f"    benchmarks/bench_report.py --take gpu {out}/gpu.json")
+    return 0 if all(each["status"] == "passed" for each in done) else 1
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "table":
-        print(table(json.loads(Path(sys.argv[2]).read_text())))
-    elif sys.argv[1] == "gate":
-        print(json.dumps(gate(Path(sys.argv[2]))))
-    else:
-        print(json.dumps(_child(sys.argv[1], sys.argv[2] == "1")))
+    raise SystemExit(main())

@@ -87,7 +87,7 @@ class BareLoop:
         dataset: the samples.
         config: batch size and optimizer.
         total_steps: of the schedule.
-        compiled: compile the model, as nanoGPT does.
+        compiled: compile model and loss, as nanoGPT does; the name of the compiler, or None.
         bfloat16: compute in it, weights in float32, as nanoGPT does.
     """
 
@@ -98,12 +98,16 @@ class BareLoop:
         config: TrainingConfig,
         total_steps: int,
         *,
-        compiled: bool = False,
+        compiled: str | None = None,
         bfloat16: bool = False,
     ) -> None:
         self.losses: list[torch.Tensor] = []
         model = model.to(DEVICE)
-        self._model: Any = torch.compile(model) if compiled else model
+
+        def loss_of(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+        self._loss_of: Any = torch.compile(loss_of, backend=compiled) if compiled else loss_of
         self._dataset, self._config, self._total = dataset, config, total_steps
         self._autocast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=bfloat16)
         self._parameters = list(model.parameters())
@@ -115,7 +119,7 @@ class BareLoop:
 
     def run(self, steps: int) -> None:
         """Train ``steps`` more steps."""
-        model, config, optimizer = self._model, self._config, self._optimizer
+        config, optimizer = self._config, self._optimizer
         warm_up = warmup_steps(config, self._total)
         for _ in range(steps):
             factor = cosine_with_warmup(len(self.losses), warm_up, self._total, config.min_lr_ratio)
@@ -123,7 +127,7 @@ class BareLoop:
                 group["lr"] = config.learning_rate * factor
             inputs, targets = (self._on_device(part) for part in self._dataset.__getitems__(next(self._batches)))
             with self._autocast:
-                loss = functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+                loss = self._loss_of(inputs, targets)
             torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(self._parameters, 1.0)
             optimizer.step()

@@ -31,7 +31,12 @@ from accelerate.utils import set_seed
 from safetensors import SafetensorError
 
 from accel_train.checkpoints import manifest
-from accel_train.checkpoints.random_states import derive_rank_seed, rng_digest
+from accel_train.checkpoints.random_states import (
+    derive_rank_seed,
+    load_device_state,
+    rng_digest,
+    save_device_state,
+)
 from accel_train.checkpoints.state import TrainingState
 from accel_train.config.sections import CheckpointConfig
 from accel_train.errors import CheckpointError, CheckpointMismatch
@@ -183,6 +188,7 @@ class Checkpointer:
                 self.reached(fault_points.SAVE_HALF_WRITTEN)
             with _no_crc32():
                 self.accelerator.save_state(str(temporary), safe_serialization=True)
+            save_device_state(temporary, self.coordinator.rank, self.accelerator.device)
         except (OSError, RuntimeError, SafetensorError) as error:
             if is_lost_peer(error):
                 raise
@@ -243,6 +249,7 @@ class Checkpointer:
         try:
             state = TrainingState.load(path)
             self.accelerator.load_state(str(path))
+            load_device_state(path, self.coordinator.rank, self.accelerator.device)
         except pickle.UnpicklingError as error:
             raise CheckpointError(f"{path} holds a pickle with more than plain values: not loaded, not run") from error
         except (ValueError, RuntimeError, SafetensorError) as error:

@@ -6,9 +6,14 @@ import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
+
+_DEVICE_STATE = "random_states_{}.safetensors"
+"""Of a rank; beside Accelerate's ``random_states_0.pkl``."""
 
 
 def rng_digest(device: torch.device) -> str:
@@ -23,6 +28,23 @@ def rng_digest(device: torch.device) -> str:
     if device.type == "cuda":
         digest.update(torch.cuda.get_rng_state(device).numpy().tobytes())
     return digest.hexdigest()
+
+
+def save_device_state(directory: Path, rank: int, device: torch.device) -> None:
+    """Write the random state of this rank's GPU; nothing on a CPU.
+
+    Accelerate saves those of all visible GPUs by their index and restores them so. Where the same ranks are spread
+    over the machines in another way, a rank has a GPU of another index.
+    """
+    if device.type == "cuda":
+        save_file({"state": torch.cuda.get_rng_state(device)}, directory / _DEVICE_STATE.format(rank))
+
+
+def load_device_state(directory: Path, rank: int, device: torch.device) -> None:
+    """Set this rank's GPU to the random state that :func:`save_device_state` wrote, if it wrote one."""
+    path = directory / _DEVICE_STATE.format(rank)
+    if device.type == "cuda" and path.exists():
+        torch.cuda.set_rng_state(load_file(path)["state"], device)
 
 
 def derive_rank_seed(seed: int, step: int, rank: int) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 
 from accel_train.errors import Interrupted
 from accel_train.model.cuda_graph import capture
+from accel_train.model.kernels.distinct_places import distinct_places
 from accel_train.model.kv_cache import KVCache, StaticCache
+from accel_train.model.size import is_out_of_memory
 from accel_train.model.transformer import TransformerLM
 from accel_train.process.work import StopCheck, never
 
@@ -34,6 +37,9 @@ _CPU_CACHE_BYTES = 1 << 30
 _GPU_MEMORY_DIVISOR = 8
 _MIN_TOKENS_TO_RECORD = 16
 """Recording a CUDA graph takes the time of a few tokens; a token without one is some twenty launches per block."""
+
+_kept: ContextVar[dict[tuple[int, int, int], _CachedLogits] | None] = ContextVar("kept", default=None)
+"""Recordings by model, batch and capacity, while somebody keeps them."""
 
 
 def generate(
@@ -65,6 +71,7 @@ def generate(
         generator: source of random numbers; sampling needs one.
         batch_size: sequences at a time; does not change the random numbers of a sequence. Default:
             :func:`default_batch`, which does not depend on what else lies in memory, so that the bits do not either.
+            Half as many, with a warning, whenever memory runs out.
         should_stop: called before every token; True ends generation.
 
     Returns:
@@ -81,13 +88,41 @@ def generate(
     tokens, prompt_length = _rows(prompts, length, device), prompts.shape[1]
     uniform = sampling.draws(len(prompts), length - prompt_length, device)
     size = batch_size or default_batch(model, length, device)
-    with _evaluation_mode(model):
-        for first in range(0, len(prompts), size):
+    first = 0
+    with _evaluation_mode(model), keep_recordings() as kept:
+        while first < len(prompts):
             rows = tokens[first : first + size]
             draws = None if uniform is None else uniform[first : first + size]
-            for _ in _continue(model, rows, prompt_length, sampling, draws, should_stop or never):
-                pass
+            try:
+                for _ in _continue(model, rows, prompt_length, sampling, draws, should_stop or never):
+                    pass
+                first += size
+                continue
+            except (MemoryError, RuntimeError) as error:
+                if len(rows) == 1 or not is_out_of_memory(error):
+                    raise
+                size = len(rows) // 2
+                log.warning("out of memory while %d sequences were generated at a time: now %d", len(rows), size)
+            # Not in the handler: the traceback holds what the failed attempt computed.
+            kept.clear()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
     return tokens
+
+
+@contextmanager
+def keep_recordings() -> Iterator[dict[tuple[int, int, int], _CachedLogits]]:
+    """Let all calls of :func:`generate` in this context share their recordings on a GPU, by model, batch and capacity.
+
+    To be left before the model's weights move to other addresses; the memory is free again afterwards.
+    """
+    outer = _kept.get()
+    kept = {} if outer is None else outer
+    token = _kept.set(kept)
+    try:
+        yield kept
+    finally:
+        _kept.reset(token)
 
 
 def default_batch(model: nn.Module, length: int, device: torch.device) -> int:
@@ -156,7 +191,7 @@ def _continue(
     model: nn.Module, rows: Tensor, start: int, sampling: _Sampling, draws: Tensor | None, should_stop: StopCheck
 ) -> Iterator[int]:
     """Fill ``rows`` from ``start`` on and yield every position as soon as it is filled."""
-    logits_at = _CachedLogits(model, rows, start) if isinstance(model, TransformerLM) else _UncachedLogits(model, rows)
+    logits_at = _cached_logits(model, rows, start) if isinstance(model, TransformerLM) else _UncachedLogits(model, rows)
     for position in range(start, rows.shape[1]):
         if should_stop():
             raise Interrupted
@@ -207,9 +242,25 @@ class _Sampling:
             ordered, order = logits.sort(dim=-1, descending=True, stable=True)
             probability = ordered.double().softmax(dim=-1)
             # A token is excluded if the more likely ones reach top_p without it; the most likely one never is.
-            excluded = probability.cumsum(dim=-1) - probability >= self.top_p
-            logits = logits.masked_fill(excluded.scatter(1, order, excluded), -torch.inf)
+            excluded = _cumulative(probability) - probability >= self.top_p
+            with distinct_places():
+                logits = logits.masked_fill(excluded.scatter(1, order, excluded), -torch.inf)
         return logits
+
+
+def _cumulative(probability: Tensor) -> Tensor:
+    """Return the sums of ``(batch, vocab)`` probabilities up to each token, float64.
+
+    On a GPU in units of 2**-52, as integers: PyTorch has no deterministic sum of floats there, since the order of the
+    additions may differ, and sums of integers are exact in any order.
+    """
+    if _is_on_cpu(probability):
+        return probability.cumsum(dim=-1)
+    return (probability * 2.0**52).long().cumsum(dim=-1).double() * 2.0**-52
+
+
+def _is_on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 @contextmanager
@@ -225,7 +276,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 def _sample(logits: Tensor, uniform: Tensor) -> Tensor:
     """Return the token of each row of ``(batch, vocab)`` where the cumulative distribution exceeds ``uniform``."""
-    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    cumulative = _cumulative(logits.double().softmax(dim=-1))
     # Scaled by the total, a draw stays below it, however the sum is rounded.
     draws = uniform.unsqueeze(1) * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, draws, right=True).squeeze(1)
@@ -240,13 +291,15 @@ def _window_start(start: int, position: int, context: int) -> int:
 class _CachedLogits:
     """Logits of the next token of every row, by way of a key-value cache."""
 
-    def __init__(self, model: TransformerLM, rows: Tensor, first: int) -> None:
-        self.model, self.rows = model, rows
-        self.context, self.start = model.config.max_seq_len, 0
-        batch, length = rows.shape
-        kind = StaticCache if _should_record(rows.device, length - first) else KVCache
-        self.cache = model.new_cache(batch, min(length, self.context), kind)
+    def __init__(self, model: TransformerLM, batch: int, capacity: int, kind: type[KVCache]) -> None:
+        self.model, self.context = model, model.config.max_seq_len
+        self.cache = model.new_cache(batch, capacity, kind)
         self._extend_by_graph: Callable[[Tensor], Tensor] | None = None
+
+    def begin(self, rows: Tensor) -> _CachedLogits:
+        """Turn to other rows, of which nothing has been read."""
+        self.rows, self.start, self.cache.length = rows, 0, 0
+        return self
 
     def __call__(self, position: int) -> Tensor:
         start = _window_start(self.start, position, self.context)
@@ -258,6 +311,19 @@ class _CachedLogits:
         if self._extend_by_graph is None:
             self._extend_by_graph = _record_extension(self.model, self.cache)
         return self._extend_by_graph(tokens)
+
+
+def _cached_logits(model: TransformerLM, rows: Tensor, first: int) -> _CachedLogits:
+    """Return the logits of ``rows`` from ``first`` on; those that are recorded may be kept from an earlier batch."""
+    batch, length = rows.shape
+    capacity = min(length, model.config.max_seq_len)
+    if not _should_record(rows.device, length - first):
+        return _CachedLogits(model, batch, capacity, KVCache).begin(rows)
+    outer, key = _kept.get(), (id(model), batch, capacity)
+    kept = {} if outer is None else outer
+    if key not in kept:
+        kept[key] = _CachedLogits(model, batch, capacity, StaticCache)
+    return kept[key].begin(rows)
 
 
 def _should_record(device: torch.device, num_tokens: int) -> bool:
@@ -275,6 +341,8 @@ def _record_extension(model: TransformerLM, cache: StaticCache) -> Callable[[Ten
     try:
         logits, replay = capture(lambda: model.extend_static(added, cache), cache.position.device)
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         log.warning("tokens are generated kernel by kernel, since a token cannot be recorded: %s", error)
         return lambda tokens: model.extend(tokens, cache)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from accel_train.config.sections import ModelConfig
+from accel_train.model.kernels.distinct_places import distinct_places
 
 
 class KVCache:
@@ -59,7 +60,7 @@ class StaticCache(KVCache):
         """Store as every cache does; while ``adding``, store at ``position`` and return all places."""
         if not self.adding:
             return super().append(layer, key, value)
-        is_new = (self._places == self.position).view(-1, 1)
-        for stored, new in ((self.keys[layer], key), (self.values[layer], value)):
-            torch.where(is_new, new, stored, out=stored)
+        with distinct_places():
+            for stored, new in ((self.keys[layer], key), (self.values[layer], value)):
+                stored.index_copy_(2, self.position, new)
         return self.keys[layer], self.values[layer]

@@ -38,7 +38,7 @@ def training_bytes(model: ModelConfig, training: TrainingConfig, vocab_size: int
     """
     tokens = training.batch_size // training.gradient_accumulation_steps * model.max_seq_len
     per_block = 11 * model.d_model + 2 * model.feed_forward_width
-    logits = min(tokens * vocab_size, CHUNK_ELEMENTS)
+    logits = min(tokens * vocab_size, CHUNK_ELEMENTS["cpu"])
     activations = tokens * (model.n_layers * per_block + 4 * model.d_model) + 3 * logits
     return _PROGRAM_BYTES + _FLOAT_BYTES * (4 * transformer_parameters(model, vocab_size) + activations)
 
@@ -52,3 +52,9 @@ def warnings(model: ModelConfig, training: TrainingConfig, vocab_size: int) -> l
         f"training needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: use a smaller "
         "training.batch_size, model.max_seq_len or model"
     ]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, on any device: torch raises a plain ``RuntimeError`` on the CPU."""
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return on_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)

@@ -16,12 +16,17 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration, utils
 from accelerate.tracking import get_available_trackers
 from torch import nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from accel_train.config.sections import TrainingConfig
 from accel_train.errors import ConfigError
 
 _MAX_WARM_UP_PASSES = 5
+_WATCHDOG_SECONDS = 120.0
+_REPEATS = 4
+"""Gradients that are compared to find out whether attention is deterministic."""
 
 
 def build_accelerator(
@@ -42,12 +47,15 @@ def build_accelerator(
     if config.deterministic:
         # Read by cuBLAS when CUDA starts, so it must stand before the Accelerator does.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    on_gpu = torch.cuda.is_available() and not utils.str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false"))
+    # NCCL's watchdog aborts the process: after this trainer has said which rank is gone.
+    patience = timedelta(seconds=config.timeout_seconds + (_WATCHDOG_SECONDS if on_gpu else 0.0))
     accelerator = Accelerator(
         dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=False, non_blocking=True),
         gradient_accumulation_plugin=utils.GradientAccumulationPlugin(
             num_steps=config.gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
         ),
-        kwargs_handlers=[utils.InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_seconds))],
+        kwargs_handlers=[utils.InitProcessGroupKwargs(timeout=patience)],
         log_with=list(log_with) or None,
         project_config=utils.ProjectConfiguration(logging_dir=log_dir),
         rng_types=[],
@@ -59,7 +67,7 @@ def build_accelerator(
         )
         raise ConfigError("WORLD_SIZE", world_size, rule)
     if config.deterministic and accelerator.device.type == "cuda":
-        _make_deterministic()
+        _make_deterministic(accelerator.device)
     return accelerator
 
 
@@ -77,16 +85,38 @@ def check_accelerator(accelerator: Accelerator, config: TrainingConfig) -> None:
         raise ConfigError("training.gradient_accumulation_steps", config.gradient_accumulation_steps, rule)
 
 
-def _make_deterministic() -> None:
+def _make_deterministic(device: torch.device) -> None:
     torch.use_deterministic_algorithms(True)
     # Filling every fresh tensor costs launches and changes no result of a correct program.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
-    # One attention backend whatever the shapes: the choice must not differ between two runs.
+    # The choice among these depends on types and shapes alone: two runs of one configuration make the same.
     torch.backends.cuda.enable_flash_sdp(True)
     torch.backends.cuda.enable_math_sdp(True)
-    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(repeats_memory_efficient_attention(device))
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def repeats_memory_efficient_attention(device: torch.device) -> bool:
+    """Return whether PyTorch's memory-efficient attention computes the same gradients every time on ``device``.
+
+    Flash attention takes no float32, and the plain products hold all weights, whose number grows with the square of
+    the context. With deterministic algorithms, which must be on, PyTorch splits no keys (``attention_backward.cu``),
+    and then every sum has one order; where a version or a device does otherwise, this finds out.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    # Several blocks of keys, and enough heads to fill a GPU.
+    shape = 4, 32, 640, 32
+    query, key, value = (torch.randn(shape, generator=generator, device=device, requires_grad=True) for _ in range(3))
+    found = []
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        for _ in range(_REPEATS):
+            try:
+                mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+                found.append(torch.autograd.grad(mixed.square().sum(), [query, key, value]))
+            except RuntimeError:  # there is no such kernel for this device, or none that is deterministic
+                return False
+    return all(torch.equal(a, b) for later in found[1:] for a, b in zip(found[0], later, strict=True))
 
 
 def arithmetic(accelerator: Accelerator) -> dict[str, str]:
@@ -102,7 +132,9 @@ def arithmetic(accelerator: Accelerator) -> dict[str, str]:
 def machine(accelerator: Accelerator) -> dict[str, Any]:
     """Return what else decides the bits; it is recorded, and a change between two launches is a warning."""
     device = accelerator.device
+    of_a_gpu = {"float32_attention": _float32_attention()} if device.type == "cuda" else {}
     return {
+        **of_a_gpu,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "device_type": device.type,
         "machine": platform.machine(),
@@ -110,6 +142,11 @@ def machine(accelerator: Accelerator) -> dict[str, Any]:
         "torch": torch.__version__,
         "num_processes": accelerator.num_processes,
     }
+
+
+def _float32_attention() -> str:
+    enabled = torch.backends.cuda.mem_efficient_sdp_enabled()  # type: ignore[no-untyped-call]
+    return "memory-efficient" if enabled else "math"
 
 
 def warm_up_buckets(model: nn.Module, backward: Callable[[], None]) -> None:

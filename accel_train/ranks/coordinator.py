@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _POLL_SECONDS = 0.01
+_DEVICE_POLL_SECONDS = 0.0005
 _FLAG_POLL_SECONDS = 0.05
 _HEARTBEAT_SECONDS = 1.0
 _ROLL_CALL_SECONDS = 5.0
@@ -59,10 +60,10 @@ class Coordinator:
         self.world_size = dist.get_world_size() if distributed else 1
         self.rank = dist.get_rank() if distributed else 0
         self.is_main = self.rank == 0
-        self._sequence = 0
+        self._sequence = self._device_waits = 0
         self._work: dist.Work | None = None
         self._failure: BaseException | None = None
-        self._is_leaving = False
+        self._is_leaving = self._stop_agreed = False
         if self.world_size > 1:
             self._store = RankStore(self.rank, timeout_seconds)
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
@@ -98,19 +99,81 @@ class Coordinator:
 
     def drain(self) -> bool:
         """Finish the agreement in flight, if there is one, and return its answer; raises as :meth:`poll`."""
-        if self._work is None:
-            return self.world_size == 1 and self.stop.requested
-        work, self._work = self._work, None
+        if self.world_size == 1:
+            return self.stop.requested
+        if self._work is not None:
+            work, self._work = self._work, None
+            self._finish(work)
+            answer = self._flag.item()
+            if answer == _FAILED:
+                if self._failure is not None:
+                    raise self._failure
+                self._raise_announced("the next step")
+            self._stop_agreed |= answer == _STOP
+        return self._stop_agreed
+
+    @staticmethod
+    def _finish(agreement: dist.Work) -> None:
         try:
-            work.wait()
+            agreement.wait()
         except RuntimeError as error:
             raise LostPeer(f"another rank is gone (stop agreement failed: {first_line(error)})") from error
-        answer = self._flag.item()
-        if answer == _FAILED:
-            if self._failure is not None:
-                raise self._failure
-            self._raise_announced("the next step")
-        return answer == _STOP
+
+    def wait_for_device(self, name: str, is_done: Callable[[], bool]) -> None:
+        """Return when the device has done what this rank gave it; called by every rank at the same places.
+
+        On a GPU a collective with a rank that is gone never ends, and a host that waits for it in a copy from the
+        device answers no signal and names nobody. Here it polls, and meanwhile hears of other ranks: by the agreement
+        in flight, by what they announce, and by the heartbeats of those that wait, too.
+
+        Args:
+            name: what the device computes; stands in the messages.
+            is_done: asks the device without waiting for it.
+
+        Raises:
+            LostPeer: another rank is gone, or the device is not done within the timeout.
+            PeerFailed: another rank failed.
+        """
+        if self.world_size == 1:
+            return
+        self._device_waits += 1
+        self._store.phase = name
+        began = time.monotonic()
+        # What takes less than that costs no look at the store.
+        next_look = began + _HEARTBEAT_SECONDS
+        seen: dict[int, tuple[str, float]] = {}
+        while not is_done():
+            now = time.monotonic()
+            if now >= next_look:
+                next_look = now + _HEARTBEAT_SECONDS
+                self._store.set(f"device/{self.rank}", f"{self._device_waits} {now}")
+                if self._store.has("failure"):
+                    self._raise_announced(name)
+                if self._work is None or self._work.is_completed():
+                    if self._work is not None:
+                        self._finish(self._work)
+                    self._look_for_waiting_ranks(seen, name)
+            if now - began > self.timeout:
+                raise LostPeer(f"the device has not finished '{name}' within {self.timeout:g} s")
+            time.sleep(_DEVICE_POLL_SECONDS)
+        self._store.set(f"device/{self.rank}", f"{self._device_waits + 1} on its way")
+
+    def _look_for_waiting_ranks(self, seen: dict[int, tuple[str, float]], name: str) -> None:
+        """Raise when a rank is silent that has come to this wait, too: the agreement before it says so of all.
+
+        A few seconds are enough once a signal has come: a launcher signals the others when one process is gone, and
+        kills them soon after. ``seen`` holds what each rank said last, and when that was new.
+        """
+        patience = min(self.timeout, _ROLL_CALL_SECONDS) if self.stop.requested else self.timeout
+        now = time.monotonic()
+        for rank in set(range(self.world_size)) - {self.rank}:
+            key = f"device/{rank}"
+            said = self._store.get(key) if self._store.has(key) else ""
+            if seen.setdefault(rank, (said, now))[0] != said:
+                seen[rank] = said, now
+            is_further = int((said or "0").split()[0]) > self._device_waits
+            if not is_further and now - seen[rank][1] > patience:
+                raise LostPeer(f"rank {rank} has been silent for {patience:g} s in '{name}'", ranks=[rank])
 
     # -- main-only phases ------------------------------------------------------------------
 

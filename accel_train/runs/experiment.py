@@ -25,7 +25,7 @@ from accel_train import errors
 from accel_train.checkpoints.manifest import step_directory
 from accel_train.config.fields import to_dict
 from accel_train.config.sections import SHARED_CORPORA, EarlierRun, ExperimentConfig
-from accel_train.model.size import count_parameters
+from accel_train.model.size import count_parameters, is_out_of_memory
 from accel_train.model.transformer import TransformerLM
 from accel_train.process.console import RunLog, say
 from accel_train.process.fault_points import CONCLUSION_BEGUN
@@ -44,7 +44,6 @@ from accel_train.tasks.registry import build_task
 from accel_train.training.callbacks import Callback, LoopState
 from accel_train.training.hooks import Hooks, build_hooks
 from accel_train.training.losses import fused_cross_entropy
-from accel_train.training.non_finite import is_out_of_memory
 from accel_train.training.progress import Progress
 from accel_train.training.services import Services
 from accel_train.training.trainer import Trainer
@@ -98,14 +97,30 @@ def run(
                 return errors.EXIT_PREEMPTED
             log.error("accel-train: error: a process was gone before all had met (%s)", first_line(error))
             return errors.EXIT_FAILED
-        run_log = RunLog(coordinator.rank)
+        run_log, code = RunLog(coordinator.rank), None
         try:
             work = WorkContext(say if coordinator.is_main else be_silent, reached=reached)
-            return _Experiment(config, earlier, command, accelerator, coordinator, run_log, work).run()
+            code = _Experiment(config, earlier, command, accelerator, coordinator, run_log, work).run()
+            return code
         finally:
             run_log.close()
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            _end_process_group(code)
+
+
+def _end_process_group(code: int | None) -> None:
+    """End the group of the ranks; ``code`` is what the process leaves with, None while an error is on its way."""
+    if not dist.is_initialized():
+        return
+    if dist.get_backend() != "nccl" or code in {errors.EXIT_OK, errors.EXIT_PREEMPTED}:
+        dist.destroy_process_group()
+    elif code is not None:
+        _leave_at_once(code)  # an orderly end waits for collectives in flight, which a failed rank does not answer
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @dataclass
@@ -181,9 +196,7 @@ class _Experiment:
         """Leave at once: nothing can be agreed any more, so nothing is saved and the record stays ``running``."""
         log.error("%s", self.coordinator.named(error))
         # The process group is beyond an orderly shutdown: leave before its destructors wait.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(errors.EXIT_FAILED)
+        _leave_at_once(errors.EXIT_FAILED)
 
     def _run(self) -> int:
         # Before anything is written: a hook or weights that do not fit are the user's to mend.

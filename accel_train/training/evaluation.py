@@ -14,6 +14,7 @@ from torch import nn
 from accel_train.checkpoints.random_states import preserved_random_state
 from accel_train.data.loader import DatasetWithIds
 from accel_train.errors import Interrupted
+from accel_train.model.generation import keep_recordings
 from accel_train.process.fault_points import EVALUATION_BEGUN
 from accel_train.process.work import StopCheck
 from accel_train.ranks.coordinator import Coordinator
@@ -148,7 +149,7 @@ class Evaluation:
         def judge(should_stop: StopCheck) -> dict[str, Any]:
             self.reached(EVALUATION_BEGUN)
             # On the main process alone: what it drew here would set its dropout apart from an undisturbed run's.
-            with preserved_random_state(self.device):
+            with preserved_random_state(self.device), keep_recordings():
                 verdict = evaluate(model, state, should_stop)
             if not isinstance(verdict, dict):
                 raise TypeError(f"evaluate() must return a dictionary of JSON values, not {type(verdict).__name__}")

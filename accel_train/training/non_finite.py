@@ -32,12 +32,6 @@ def replay(
     return NonFinite(step, f"{first} on rank {rank}" if first else "nothing non-finite in a replay of its batch")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory ran out, on any device: torch raises a plain ``RuntimeError`` on the CPU."""
-    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    return on_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)
-
-
 def first_bad_tensor(model: nn.Module, batch: Any, loss_fn: LossFunction) -> str | None:
     """Return the name of the first non-finite parameter, else activation, else loss, else gradient.
 

@@ -98,6 +98,8 @@ class Step:
         self._accelerator, self._model, self._loss_fn, self._config = accelerator, model, loss_fn, config
         self._optimizer = optimizer.optimizer if self.is_direct else optimizer
         self._scheduler = scheduler.scheduler if self.is_direct else scheduler
+        self._scale: float | None = None
+        """The loss scale after the last update; None before the first one, since a checkpoint may set it."""
         self._scaler, self._hooks, device = accelerator.scaler, hooks, accelerator.device
         self._accumulation: int = accelerator.gradient_accumulation_steps
         self._micro_steps = self._skipped_in_a_row = 0
@@ -173,11 +175,8 @@ class Step:
         elif self._scaler is None and not math.isfinite(float(norm) + float(loss)):
             # On CPU reading costs nothing; the norm is that of the summed gradients, equal on all ranks.
             return Outcome.NOT_FINITE
-        scale = 0.0 if self._scaler is None else self._scaler.get_scale()
         self._send_rates()
-        self._apply()
-        # Only the scale tells of an overflow: Accelerate takes every call of a fused optimizer for an update.
-        made = self._scaler is None or self._scaler.get_scale() >= scale
+        made = self._apply_scaled(self._scaler) if self._scaler is not None else self._apply()
         if made:
             self._scheduler.step()
         self._optimizer.zero_grad()
@@ -200,11 +199,19 @@ class Step:
             for rate, group in zip(self._rates, self._optimizer.param_groups, strict=True):
                 rate.fill_(group["lr"])
 
-    def _apply(self) -> None:
+    def _apply_scaled(self, scaler: torch.amp.GradScaler) -> bool:
+        """Update the weights unless a gradient overflows; return whether that was done, which waits for the device."""
+        before = scaler.get_scale() if self._scale is None else self._scale
+        self._optimizer.step()
+        # Only the scale tells: Accelerate takes every call of a fused optimizer for an update.
+        self._scale = float(scaler.get_scale())
+        return self._scale >= before
+
+    def _apply(self) -> bool:
         """Update the weights; on a GPU with the learning rates last sent, with the same bits recorded or not."""
         if not self._rates:
             self._optimizer.step()
-            return
+            return True
         groups = self._optimizer.param_groups
         numbers = [group["lr"] for group in groups]
         recording = torch.cuda.is_current_stream_capturing()
@@ -216,6 +223,7 @@ class Step:
             # What a checkpoint holds is plain numbers.
             for number, group in zip(numbers, groups, strict=True):
                 group["lr"], group["capturable"] = number, False
+        return True
 
     def _freeze_unless_finite(self, loss: Tensor, norm: Tensor) -> None:
         self._frozen.masked_fill_((norm + loss).isfinite().logical_not_(), 1.0)
@@ -244,23 +252,24 @@ class Step:
         Args:
             get_batch: returns any batch of this rank, on the device.
         """
-        wanted = self._config.cuda_graph
+        wanted, level = self._config.cuda_graph, logging.WARNING
         if wanted is None:
             # Only tensors decide what a step computes: known of this package's model and losses alone.
             model = self._accelerator.unwrap_model(self._model, keep_torch_compile=False)
             ours = (next_token_cross_entropy, fused_cross_entropy)
-            wanted = isinstance(model, TransformerLM) and self._loss_fn in ours
-        if not (self.freezes_on_device and wanted):
+            wanted, level = isinstance(model, TransformerLM) and self._loss_fn in ours, logging.INFO
+        if not wanted or not (self.freezes_on_device or self._accelerator.device.type == "cuda"):
             return
         reason = why_not(self._accelerator, hooks=bool(self._hooks))
         if reason is None:
             try:
                 self._recorded = RecordedStep(self._on_device, get_batch(), self._frozen.fill_)
             except RuntimeError as error:
-                reason = str(error).partition("\n")[0]
+                reason, level = str(error).partition("\n")[0], logging.WARNING
                 self._optimizer.zero_grad()
         if reason is not None:
-            log.info("the step is not recorded as a CUDA graph, its kernels are launched one by one: %s", reason)
+            message = "the step is not recorded as a CUDA graph, its kernels are launched one by one: %s"
+            log.log(level, message, reason)
 
     def _on_device(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Compute a step of one micro-step except for its schedule; return the loss and the gradient norm."""

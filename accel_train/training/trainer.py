@@ -139,7 +139,7 @@ class Trainer:
         self.model, self._optimizer, self._scheduler, batches.loader = prepared
         self._step = Step(self.accelerator, *prepared[:3], loss_fn=self._loss_fn, config=config, hooks=self._hooks)
         capacity = (config.log_interval + 1) * plan.accumulation
-        self._losses = LossBuffer(capacity, plan.accumulation, plan.world_size, self.accelerator.gather, device)
+        self._losses = LossBuffer(capacity, plan.accumulation, plan.world_size, self._gather, device)
 
     # -- the run ---------------------------------------------------------------------------
 
@@ -332,12 +332,24 @@ class Trainer:
 
     # -- losses and logs -------------------------------------------------------------------
 
+    def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Concatenate a tensor over the ranks, in rank order; returns when it is there to be read."""
+        gathered: torch.Tensor = self.accelerator.gather(tensor)
+        if gathered.device.type == "cuda":
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            self._coordinator.wait_for_device(f"step {self.state.step}", event.query)
+        return gathered
+
     def _flush(self) -> None:
         """Bring the losses and the fingerprint of all ranks to the host: only here the loop waits for the device.
 
         Raises:
             NonFinite: on all ranks, when a loss is not finite or an update was skipped.
         """
+        if self.plan.world_size > 1:
+            # The device waits for the other ranks, on a GPU for ever if one is gone: that is known after this.
+            self._coordinator.poll(self._commits.failure)
         losses, fingerprint = self._losses.collect()
         first = len(self.state.train_loss)
         self.state.train_loss.extend(losses)

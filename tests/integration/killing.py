@@ -8,8 +8,9 @@ from pathlib import Path
 
 
 def at_step(_model):
-    """SIGKILL at the 0-based step ``KILL_AT_STEP``; ``KILL_MARK`` names the file that proves it."""
-    fatal = int(os.environ.get("KILL_AT_STEP", "-1"))
+    """SIGKILL at the 0-based step ``KILL_AT_STEP``, of rank ``KILL_RANK`` if given; ``KILL_MARK`` proves it."""
+    chosen = os.environ.get("KILL_RANK") in {None, os.environ.get("RANK", "0")}
+    fatal = int(os.environ.get("KILL_AT_STEP", "-1")) if chosen else -1
 
     def hook(step, _gradients):
         if step == fatal:

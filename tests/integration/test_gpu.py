@@ -1,12 +1,18 @@
-"""What only a CUDA device can show; run by `benchmarks/bench_gpu.sh`, skipped elsewhere."""
+"""What only a CUDA device can show; run by `benchmarks/bench_gpu.sh tests`, skipped elsewhere.
+
+The script selects by words in the names: "record", then "bits", then the rest. Imports nothing that a machine with
+PyTorch, Accelerate and pytest may lack, beside what the package itself needs.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from harness import ACCELERATE, ROOT, TINY, outcome, record, write_config
 
 from accel_train.config.sections import ModelConfig, TrainingConfig
@@ -23,9 +30,10 @@ from accel_train.model import generation
 from accel_train.model.cuda_graph import capture as record_graph
 from accel_train.model.generation import generate
 from accel_train.model.transformer import TransformerLM
+from accel_train.ranks.accelerator import build_accelerator, repeats_memory_efficient_attention
 from accel_train.tasks.walks.dataset import WalkDataset
 from accel_train.training.callbacks import Callback
-from accel_train.training.losses import next_token_cross_entropy
+from accel_train.training.losses import fused_cross_entropy, next_token_cross_entropy
 from accel_train.training.trainer import Trainer
 
 pytestmark = [
@@ -34,6 +42,19 @@ pytestmark = [
 ]
 
 MODEL = ModelConfig(d_model=32, n_layers=2, n_heads=2, max_seq_len=16, dropout=0.1)
+DEVICE = torch.device("cuda")
+LOSSES = pytest.mark.parametrize("loss_fn", [fused_cross_entropy, next_token_cross_entropy])
+"""The first is what both tasks train with."""
+
+
+@pytest.fixture(autouse=True)
+def _process_as_it_was():
+    """A test that turns something on in the process turns it off, and leaves no memory."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.cuda.set_sync_debug_mode("default")
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def on_gpu(config: Path, *launcher: str, expect: int | None = 0, **env: str) -> str:
@@ -69,7 +90,7 @@ def test_the_quick_run_passes_its_gate_on_the_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_sigkill_on_the_gpu_changes_no_bit(tmp_path: Path, precision: str) -> None:
+def test_sigkill_on_the_gpu_keeps_the_bits(tmp_path: Path, precision: str) -> None:
     hooks = {"hooks": {"update": ["killing:at_step"]}}
     configs = {
         name: write_config(tmp_path / f"{name}.yaml", TINY, hooks, {"output_dir": str(tmp_path / name)})
@@ -110,8 +131,9 @@ def test_a_nan_freezes_the_weights_on_the_device_until_the_log_boundary() -> Non
     assert all(torch.equal(after[name], value) for name, value in kept.items())
 
 
-@pytest.mark.parametrize("cuda_graph", [True, False])
-def test_no_step_between_two_log_boundaries_waits_for_the_device(cuda_graph: bool) -> None:
+@LOSSES
+@pytest.mark.parametrize("cuda_graph", [True, False], ids=["recorded", "launched"])
+def test_no_step_between_two_logs_waits_recorded_or_not(cuda_graph: bool, loss_fn: Any) -> None:
     torch.manual_seed(0)
 
     class Strict(Callback):
@@ -120,11 +142,8 @@ def test_no_step_between_two_log_boundaries_waits_for_the_device(cuda_graph: boo
             torch.cuda.set_sync_debug_mode("error" if 3 <= state.step < 9 else "default")
 
     config = TrainingConfig(batch_size=32, max_epochs=1, log_interval=20, cuda_graph=cuda_graph)
-    trainer = Trainer(TransformerLM(MODEL, 50), dataset(), config, callbacks=[Strict()])
-    try:
-        state = trainer.fit()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    trainer = Trainer(TransformerLM(MODEL, 50), dataset(), config, loss_fn=loss_fn, callbacks=[Strict()])
+    state = trainer.fit()
     assert state.step == 16
     assert (trainer._step._recorded is not None) is cuda_graph
 
@@ -136,8 +155,10 @@ from accel_train.config.sections import CheckpointConfig, ModelConfig, TrainingC
 from accel_train.tasks.walks.dataset import WalkDataset
 from accel_train.model.transformer import TransformerLM
 from accel_train.training.callbacks import Callback
+from accel_train.training.losses import fused_cross_entropy, next_token_cross_entropy
 from accel_train.training.trainer import Trainer
 run_dir, recorded, fatal = sys.argv[1], sys.argv[2] == "recorded", int(sys.argv[3])
+loss_fn = {"fused": fused_cross_entropy, "plain": next_token_cross_entropy}[sys.argv[4]]
 class Kill(Callback):
     def on_step_end(self, state):
         if state.step == fatal:
@@ -148,7 +169,7 @@ torch.manual_seed(0)
 model = TransformerLM(ModelConfig(d_model=32, n_layers=2, n_heads=2, max_seq_len=16, dropout=0.1), 50)
 trainer = Trainer(
     model, WalkDataset(walks, 16), TrainingConfig(max_epochs=3, batch_size=32, cuda_graph=recorded),
-    run_dir=run_dir, checkpoint=CheckpointConfig(every_steps=5), callbacks=[Kill()],
+    run_dir=run_dir, checkpoint=CheckpointConfig(every_steps=5), callbacks=[Kill()], loss_fn=loss_fn,
 )
 state = trainer.fit()
 assert (trainer._step._recorded is not None) == recorded
@@ -157,24 +178,64 @@ print(hashlib.sha256(weights + str(state.train_loss).encode()).hexdigest(), len(
 """
 
 
-def run_script(directory: Path, how: str, fatal: int = -1, expect: int = 0) -> list[str]:
+def run_script(directory: Path, how: str, loss: str, fatal: int = -1, expect: int = 0, **env: str) -> list[str]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    line = [sys.executable, "-c", RUN, str(directory), how, str(fatal)]
+    line = [sys.executable, "-c", RUN, str(directory), how, str(fatal), loss]
     done = subprocess.run(
-        line, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=200, check=False
+        line, env={**os.environ, "PYTHONPATH": path, **env}, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout.split()
 
 
 def test_a_recorded_step_computes_what_its_kernels_do_and_survives_a_sigkill(tmp_path: Path) -> None:
-    bits, _ = run_script(tmp_path / "launched", "launched")
-    assert run_script(tmp_path / "recorded", "recorded") == [bits, "0"]
-    run_script(tmp_path / "killed", "recorded", 23, expect=-signal.SIGKILL)
-    assert run_script(tmp_path / "killed", "recorded") == [bits, "1"]
-    # In the middle of an epoch from one into the other.
-    run_script(tmp_path / "mixed", "launched", 23, expect=-signal.SIGKILL)
-    assert run_script(tmp_path / "mixed", "recorded") == [bits, "1"]
+    """Killed in the middle of an epoch; the second time, what was launched kernel by kernel goes on recorded."""
+    bits, _ = run_script(tmp_path / "launched", "launched", "fused")
+    assert run_script(tmp_path / "recorded", "recorded", "fused") == [bits, "0"]
+    for before in ("recorded", "launched"):
+        directory = tmp_path / f"killed while {before}"
+        run_script(directory, before, "fused", 23, expect=-signal.SIGKILL)
+        assert run_script(directory, "recorded", "fused") == [bits, "1"]
+
+
+def test_a_step_recorded_with_the_plain_loss_computes_what_its_kernels_do(tmp_path: Path) -> None:
+    bits, _ = run_script(tmp_path / "launched", "launched", "plain")
+    assert run_script(tmp_path / "recorded", "recorded", "plain") == [bits, "0"]
+
+
+def test_a_compiled_step_is_recorded(tmp_path: Path) -> None:
+    """The script itself asserts that it was."""
+    bits, resumes = run_script(tmp_path / "compiled", "recorded", "fused", ACCELERATE_DYNAMO_BACKEND="inductor")
+    assert len(bits) == 64
+    assert resumes == "0"
+
+
+def dropped(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.dropout(x, 0.5)
+
+
+@pytest.mark.parametrize("when", ["always", "while recording"])
+def test_after_a_failed_recording_dropout_and_a_second_one_work(when: str) -> None:
+    """The second recording computes the bits of kernels launched one by one; no stream or pool stays behind."""
+    x = torch.ones(4096, device=DEVICE)
+    stream = torch.cuda.current_stream()
+
+    def waits() -> torch.Tensor:
+        if when == "always" or torch.cuda.is_current_stream_capturing():
+            x.sum().item()
+        return dropped(x)
+
+    with pytest.raises(RuntimeError):
+        record_graph(waits, DEVICE)
+    assert torch.cuda.current_stream() == stream
+    torch.cuda.manual_seed(1)
+    launched = [dropped(x).clone() for _ in range(3)]
+    torch.cuda.manual_seed(0)
+    outputs, replay = record_graph(lambda: dropped(x), DEVICE)
+    torch.cuda.manual_seed(1)
+    for expected in launched:
+        replay()
+        assert torch.equal(outputs, expected)
 
 
 def test_a_loss_that_asks_the_device_is_not_recorded_and_trains_all_the_same(caplog) -> None:
@@ -188,11 +249,11 @@ def test_a_loss_that_asks_the_device_is_not_recorded_and_trains_all_the_same(cap
         torch.manual_seed(0)
         config = TrainingConfig(batch_size=32, max_epochs=1, cuda_graph=cuda_graph)
         trainer = Trainer(TransformerLM(MODEL, 50), dataset(), config, loss_fn=loss_fn)
-        with caplog.at_level("INFO"):
-            trainer.fit()
+        trainer.fit()
         assert trainer._step._recorded is None
         weights.append([value.clone() for value in trainer.unwrapped_model.state_dict().values()])
-    assert "is not recorded as a CUDA graph" in caplog.text
+    told = [record for record in caplog.records if "is not recorded as a CUDA graph" in record.getMessage()]
+    assert [record.levelname for record in told] == ["WARNING"]
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
@@ -219,7 +280,7 @@ class CacheFree(torch.nn.Module):
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 @pytest.mark.parametrize(("length", "recordings"), [(17, 0), (60, 1)])
-def test_greedy_generation_on_the_gpu_agrees_with_a_pass_without_cache(
+def test_greedy_generation_agrees_with_a_pass_without_cache(
     positions: Literal["learned", "rotary"], length: int, recordings: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A few tokens kernel by kernel, many by a recorded one."""
@@ -238,3 +299,116 @@ def test_greedy_generation_on_the_gpu_agrees_with_a_pass_without_cache(
     assert len(done) == recordings
     # Rounding may tip a tie once; what follows differs then.
     assert (cached == plain).all(1).float().mean() >= 7 / 8
+
+
+def attention(length: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], int]:
+    """Gradients of causal attention over ``length`` tokens, and the bytes that it needed at most."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    inputs = [
+        torch.randn(4, 8, length, 64, generator=generator, device=DEVICE, dtype=dtype, requires_grad=True)
+        for _ in range(3)
+    ]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    mixed = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+    gradients = list(torch.autograd.grad(mixed.float().square().sum(), inputs))
+    torch.cuda.synchronize()
+    return gradients, torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_repeats_its_bits_and_needs_memory_in_proportion(dtype: torch.dtype) -> None:
+    """As the trainer sets PyTorch up: float32 as well, unless the probe found its kernel not to be deterministic."""
+    build_accelerator(TrainingConfig())
+    assert torch.are_deterministic_algorithms_enabled()
+    assert repeats_memory_efficient_attention(DEVICE) == torch.backends.cuda.mem_efficient_sdp_enabled()
+    first, _ = attention(1024, dtype)
+    for _ in range(20):
+        again, _ = attention(1024, dtype)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    if dtype is torch.float32 and not torch.backends.cuda.mem_efficient_sdp_enabled():
+        pytest.skip("float32 takes the plain products here: its memory grows with the square of the context")
+    short, long = (attention(length, dtype)[1] for length in (1024, 4096))
+    assert long < 6 * short
+
+
+@pytest.mark.parametrize("num", [1, 256])
+def test_sampled_bits_repeat_within_the_memory_of_the_logits(num: int) -> None:
+    """Under deterministic algorithms. Sorting, sums and masks take some 80 bytes for each logit; coordinates of all
+    places would take 60 more.
+    """
+    build_accelerator(TrainingConfig())
+    torch.manual_seed(0)
+    vocabulary = 50_000
+    model = TransformerLM(dataclasses.replace(MODEL, dropout=0.0), vocabulary).to(DEVICE).eval()
+    prompts = torch.randint(0, vocabulary, (num, 4), device=DEVICE)
+
+    def sampled() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(3)
+        return generate(model, prompts, 40, temperature=1.0, top_k=500, top_p=0.9, generator=generator)
+
+    first = sampled()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    assert all(torch.equal(sampled(), first) for _ in range(10))
+    assert torch.cuda.max_memory_allocated() - before < 120 * num * vocabulary + (64 << 20)
+
+
+def test_generation_records_once_for_batches_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+
+    def capture(work: Any, device: torch.device) -> Any:
+        done.append(1)
+        return record_graph(work, device)
+
+    monkeypatch.setattr(generation, "capture", capture)
+    torch.manual_seed(0)
+    model = TransformerLM(dataclasses.replace(MODEL, dropout=0.0), 50).to(DEVICE).eval()
+    prompts = torch.randint(0, 50, (24, 4), device=DEVICE)
+    parts = generate(model, prompts, 60, batch_size=8)
+    assert len(done) == 1
+    assert (parts == generate(model, prompts, 60)).all(1).float().mean() >= 0.9
+
+
+def test_a_step_with_loss_scaling_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the scale, which tells whether the update was made."""
+
+    class Listen(Callback):
+        def on_step_end(self, state):
+            torch.cuda.set_sync_debug_mode("warn" if 3 <= state.step < 9 else "default")
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        torch.manual_seed(0)
+        config = TrainingConfig(batch_size=32, max_epochs=1, log_interval=20)
+        trainer = Trainer(
+            TransformerLM(MODEL, 50), dataset(), config, loss_fn=fused_cross_entropy, callbacks=[Listen()]
+        )
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            state = trainer.fit()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert state.step == 16
+    waits = [warning for warning in heard if "called a synchronizing" in str(warning.message)]
+    assert len(waits) == 6, "steps 4 to 9"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+@pytest.mark.parametrize("step", ["31", "32"])
+def test_a_lost_peer_under_nccl_is_named_within_the_timeout(tmp_path: Path, step: str) -> None:
+    """Rank 1 is killed, once in a step that ends with a checkpoint: rank 0 says so, in place of waiting for a kernel
+    that never ends.
+    """
+    hooks = {"hooks": {"update": ["killing:at_step"]}, "training": {"timeout_seconds": 20, "log_interval": 50}}
+    config = write_config(tmp_path / "c.yaml", TINY, hooks, {"output_dir": str(tmp_path / "results")})
+    mark = tmp_path / "mark"
+    said = on_gpu(
+        config, "--multi_gpu", "--num_processes", "2", expect=None,
+        KILL_AT_STEP=step, KILL_MARK=str(mark), KILL_RANK="1",
+    )  # fmt: skip
+    assert mark.exists()
+    assert "rank 1" in said
+    assert "is gone" in said or "does not answer" in said

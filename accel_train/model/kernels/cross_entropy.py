@@ -17,8 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-CHUNK_ELEMENTS = 1 << 23
-"""Logits computed at a time: 32 MiB in float32, the fastest of 2 to 64 MiB on two CPU cores (docs/notes.md)."""
+CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 28}
+"""Logits computed at a time, by type of device.
+
+32 MiB in float32 were the fastest of 2 to 64 MiB on two CPU cores (docs/notes.md). On a GPU every chunk is some forty
+kernels, which are launched, recorded or compiled one by one: 1 GiB makes 4 chunks of GPT-2's 16 times 1024 tokens.
+"""
 _SMALLEST_PROBABILITY = 1e-30
 IGNORED = -100
 """The target of a position without loss, as in ``torch.nn.functional.cross_entropy``."""
@@ -37,6 +41,10 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """
     wants_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return _LinearCrossEntropy.apply(x, weight, targets, wants_gradient)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _is_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
 
 
 def _negative_logarithm(probability: Tensor, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -58,7 +66,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, wants_gradient: bool) -> Tensor:
-        chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        on_cpu = _is_on_cpu(x)
+        chunk = max(1, CHUNK_ELEMENTS["cpu" if on_cpu else "cuda"] // weight.shape[0])
         plain = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
         total = x.new_zeros((), dtype=torch.float32)
         # In float32: divided by the number of rows, the entries would be too small for float16.
@@ -66,6 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_gradient = weight.new_zeros(weight.shape if wants_gradient else 0, dtype=torch.float32)
         # One buffer for all chunks: new memory for each costs a third of the time on a CPU.
         buffer = x.new_empty(min(chunk, len(x)), weight.shape[0], dtype=torch.float32)
+        vocabulary = None if on_cpu else torch.arange(weight.shape[0], device=x.device)
         for start in range(0, len(x), chunk):
             part, wanted = x[start : start + chunk], targets[start : start + chunk]
             counts = (wanted != IGNORED).unsqueeze(1)
@@ -75,7 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(part, weight.t(), out=logits)
             else:
                 logits.copy_(functional.linear(part, weight))
-            if x.device.type == "cpu":
+            if on_cpu:
                 probability = torch.softmax(logits, dim=1, out=logits)
                 loss = _negative_logarithm(probability.gather(1, index), part, weight, index)
             else:
@@ -86,7 +96,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += loss.masked_fill(~counts, 0.0).sum()
             if not wants_gradient:
                 continue
-            gradient = probability.scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
+            if vocabulary is None:
+                gradient = probability.scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
+            else:
+                # The same bits. Deterministic, scatter_add_ sorts its places, and in PyTorch 2.6 waits for the device.
+                gradient = probability.add_(vocabulary == index, alpha=-1)
             # Ignored rows are zeroed in the two narrow factors, not in the wide one between them.
             part_gradient, part = x_gradient[start : start + chunk], part * counts
             if plain:

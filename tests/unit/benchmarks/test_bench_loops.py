@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +17,6 @@ from accel_train.model.transformer import TransformerLM
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import bench_gpu  # noqa: E402
 import bench_loops  # noqa: E402
 import bench_peers  # noqa: E402
 import bench_turns  # noqa: E402
@@ -35,102 +32,6 @@ def test_the_operations_counted_are_those_of_the_matrix_products(vocab_size):
         model(tokens).sum().backward()
     # A sum's gradient needs no product with it, and no gradient goes to tokens.
     assert counter.get_total_flops() == 3 * 16 * bench_loops.flops_per_token(SHAPE, vocab_size)
-
-
-@pytest.mark.parametrize("as_nanogpt", [False, True])
-def test_both_loops_train_the_same_model_in_turns(as_nanogpt, monkeypatch):
-    monkeypatch.setattr(bench_loops.torch, "compile", lambda model: model)
-    found = bench_gpu.measure(SHAPE, 50, batch=4, block=3, rounds=4, recorded=True, as_nanogpt=as_nanogpt)
-    assert found["ratio"] > 0
-    assert found["tokens_per_second"] == pytest.approx(4 * 16 / (found["step_ms"] / 1e3))
-    assert found["replay_ms"] is None
-    # In bfloat16 only the hand-written loop, here: what Accelerate computes in is said in its environment.
-    assert found["last_losses"][0] == pytest.approx(found["last_losses"][1], abs=0.05 if as_nanogpt else 1e-5)
-
-
-def test_every_mode_reaches_its_process(monkeypatch):
-    seen = []
-
-    def run(line, env, **_):
-        seen.append((line[2:], env.get("ACCELERATE_DYNAMO_BACKEND"), env.get("ACCELERATE_MIXED_PRECISION")))
-        figures = {"ratio": 1 / len(seen), "step_to_replay": 1.0, "teraflops": 98.9}
-        return subprocess.CompletedProcess(line, 0, "a warning\n" + json.dumps(figures), "")
-
-    monkeypatch.setattr(bench_gpu, "DEVICE", torch.device("cuda"))
-    monkeypatch.setattr(bench_gpu.subprocess, "run", run)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-    found = bench_gpu.bench_gpu()
-    assert seen == [
-        (["anchor", "0"], None, None),
-        (["anchor", "1"], None, None),
-        (["anchor", "0"], "inductor", None),
-        (["anchor", "1"], "inductor", None),
-        (["anchor", "1"], "inductor", "bf16"),
-        (["gpt2", "1"], "inductor", "bf16"),
-    ]
-    # Modes of the same arithmetic are compared: bfloat16 is not.
-    assert (found["fastest_mode"], found["to_bare_loop"]) == ("compiled, recorded", 4.0)
-    assert found["gpt2_utilisation"] == pytest.approx(0.1)
-
-
-def test_a_failed_mode_ends_it_with_what_it_said(monkeypatch):
-    def run(line, **_):
-        return subprocess.CompletedProcess(line, 1, "", "out of memory")
-
-    monkeypatch.setattr(bench_gpu.subprocess, "run", run)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        bench_gpu._in_process("anchor", {}, True)
-
-
-def test_the_table_is_complete():
-    mode = {
-        "step_ms": 1.0,
-        "bare_step_ms": 4.0,
-        "ratio": 0.25,
-        "replay_ms": None,
-        "tokens_per_second": 4_096_000.0,
-        "teraflops": 12.0,
-    }
-    found = {
-        "device": "a GPU",
-        "modes": {"recorded": {**mode, "replay_ms": 0.97}, "compiled": mode},
-        "gpt2": mode,
-        "to_bare_loop": 4.0,
-        "step_to_replay": 1.03,
-        "anchor_utilisation": None,
-        "gpt2_utilisation": 0.46,
-        "gpt2_to_nanogpt_style": 1.01,
-    }
-    shown = bench_gpu.table(found)
-    assert "| recorded | 1.000 | 4.000 | 0.250 | 0.970 | 4,096,000 | 12.0 |" in shown
-    assert "| compiled | 1.000 | 4.000 | 0.250 |  | 4,096,000 | 12.0 |" in shown
-    assert "anchor model, model FLOPs utilisation: unknown" in shown
-    assert "GPT-2 124 M, model FLOPs utilisation: 0.460" in shown
-
-
-def test_the_run_to_the_gate_is_read_from_its_record(tmp_path):
-    record = {
-        "status": "completed",
-        "gate": {"passed": True},
-        "metrics": {"scalars": {"epochs_trained": 3, "final_rule_compliance": 0.99}},
-        "timing": {"seconds": {"training": 250.0}, "tokens_per_second": 1e6},
-    }
-    run = tmp_path / "walks_x"
-    run.mkdir()
-    (run / "result.json").write_text(json.dumps(record))
-    found = bench_gpu.gate(tmp_path)
-    assert (found["seconds"], found["passed"], found["machine"]["gpu"]) == (250.0, True, bench_gpu.machine()["gpu"])
-    (run / "result.json").write_text(json.dumps({**record, "gate": {"passed": False}}))
-    assert bench_gpu.gate(tmp_path)["seconds"] is None
-    with pytest.raises(SystemExit, match="holds 0 finished runs"):
-        bench_gpu.gate(tmp_path / "nowhere")
-
-
-def test_without_a_gpu_it_says_so():
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    with pytest.raises(SystemExit, match="needs a CUDA device"):
-        bench_gpu.bench_gpu()
 
 
 def test_contestants_train_in_turns(tmp_path, capsys):

@@ -87,16 +87,31 @@ def test_the_arithmetic_of_a_step_is_shown():
     assert "300 ms: 82 GFLOP/s, 0.63 of the 130 GFLOP/s" in bench_report.section({"overhead": overhead})
 
 
+GPU = {
+    "machine": {**MACHINE, "gpu": "a GPU", "cores": 16},
+    **dict.fromkeys(["to_bare_loop", "step_to_replay", "gpt2_utilisation", "gpt2_to_nanogpt_style", "gate"]),
+}
+"""What `bench_gpu.sh` writes when no part has measured anything."""
+
+
+def test_what_a_gpu_has_not_measured_yet_is_not_reached():
+    rows = [
+        line for line in bench_report.section({"gpu": {**GPU, "date": "2026-01-01"}}).splitlines() if "`gpu`" in line
+    ]
+    assert len(rows) == 5
+    assert all("not reached" in row for row in rows)
+
+
 @pytest.mark.parametrize(("seconds", "shown"), [(250.0, "| report | 250 | | "), (None, "| report | not reached | | ")])
 def test_figures_of_another_machine_are_taken_with_its_name(seconds, shown, tmp_path):
     document = tmp_path / "doc.md"
     document.write_text(f"{bench_report.BEGIN}\n{bench_report.END}\n")
     document.with_suffix(".json").write_text(json.dumps({"memory": figures(ratio=1.07)}))
-    elsewhere = tmp_path / "gpu_gate.json"
-    elsewhere.write_text(json.dumps({"seconds": seconds, "machine": {**MACHINE, "gpu": "a GPU", "cores": 16}}))
-    bench_report.main(["--take", "gpu_gate", str(elsewhere), "--document", str(document)])
+    elsewhere = tmp_path / "gpu.json"
+    elsewhere.write_text(json.dumps({**GPU, "gate": {"seconds": seconds}}))
+    bench_report.main(["--take", "gpu", str(elsewhere), "--document", str(document)])
     content = document.read_text()
-    (row,) = [line for line in content.splitlines() if line.startswith("| `gpu_gate`")]
+    (row,) = [line for line in content.splitlines() if "walks_anchor.yaml" in line]
     assert shown in row.replace("|  |", "| | ")
     assert "2 cores (a processor), no GPU" in content
     assert "Rows of a GPU: 16 cores (a processor), a GPU" in content
@@ -111,8 +126,8 @@ def test_a_file_without_the_figures_changes_nothing(content, tmp_path):
     elsewhere = tmp_path / "found.json"
     if content is not None:
         elsewhere.write_text(content)
-    with pytest.raises(SystemExit, match="does not hold the figures of gpu_gate"):
-        bench_report.main(["--take", "gpu_gate", str(elsewhere), "--document", str(document)])
+    with pytest.raises(SystemExit, match="does not hold the figures of gpu"):
+        bench_report.main(["--take", "gpu", str(elsewhere), "--document", str(document)])
     assert document.with_suffix(".json").read_text() == stored
 
 
@@ -149,5 +164,4 @@ def test_measure_runs_bench_py_and_dates_its_figures(monkeypatch):
 
 
 def test_every_target_is_of_a_benchmark_that_exists():
-    measured_elsewhere = {"gpu_gate"}
-    assert {target.benchmark for target in bench_report.TARGETS} <= {*bench.BENCHMARKS, *measured_elsewhere}
+    assert {target.benchmark for target in bench_report.TARGETS} <= {*bench.BENCHMARKS, *bench_report.ON_A_GPU}

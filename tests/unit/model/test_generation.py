@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -5,11 +7,43 @@ from torch import nn
 from accel_train.config.sections import ModelConfig
 from accel_train.errors import Interrupted
 from accel_train.model import generation, transformer
-from accel_train.model.generation import _sample, _Sampling, _UncachedLogits, default_batch, generate, stream
+from accel_train.model.generation import (
+    _cumulative,
+    _sample,
+    _Sampling,
+    _UncachedLogits,
+    default_batch,
+    generate,
+    keep_recordings,
+    stream,
+)
 from accel_train.model.transformer import TransformerLM
 
 VOCAB, CONTEXT = 11, 12
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch):
+    """Sums of probabilities are taken as on a GPU."""
+    monkeypatch.setattr(generation, "_is_on_cpu", lambda _: False)
+
+
+def test_sums_of_probabilities_on_a_gpu_are_those_of_a_cpu(as_on_gpu):
+    probability = torch.rand(5, 1000, dtype=torch.float64, generator=seeded()).softmax(dim=-1)
+    sums = _cumulative(probability)
+    torch.testing.assert_close(sums, probability.cumsum(dim=-1), atol=1e-12, rtol=0)
+    assert torch.equal(sums, sums.cummax(dim=-1).values)
+    assert torch.equal(_cumulative(probability.flip(-1))[:, -1], sums[:, -1]), "exact in any order"
+
+
+@pytest.mark.parametrize("top_p", [None, 0.3, 0.9])
+def test_samples_on_a_gpu_are_those_of_a_cpu(top_p, request):
+    model, prompts = tiny(), some_prompts(num=50)
+    sampled = partial(generate, model, prompts, 3 * CONTEXT, temperature=1.0, top_p=top_p)
+    expected = sampled(generator=seeded())
+    request.getfixturevalue("as_on_gpu")
+    assert torch.equal(sampled(generator=seeded()), expected)
 
 
 def tiny(positions="learned", dropout=0.0):
@@ -101,9 +135,77 @@ class TestGreedy:
         monkeypatch.setattr(generation, "capture", capture)
         found = generate(model, prompts, length, batch_size=batch_size)
         assert torch.equal(found, expected)
-        chunks = 6 // batch_size + (6 % batch_size > 0)
+        chunks = 6 // batch_size + (6 % batch_size > 0)  # of two sizes: each has a recording
         prefills = 1 + len(range(CONTEXT + 1, length, CONTEXT // 2 + 1))
         assert counted == {"recorded": chunks, "replayed": chunks * (length - 3 - prefills)}
+
+    def test_batches_and_calls_share_recordings_while_they_are_kept(self, monkeypatch):
+        recorded = []
+
+        def capture(work, device):
+            recorded.append(1)
+            outputs = work()
+            return outputs, lambda: outputs.copy_(work())
+
+        model, other, prompts = tiny(), tiny("rotary"), some_prompts()
+        expected, greedy = generate(model, prompts, CONTEXT), partial(generate, prompts=prompts, length=CONTEXT)
+        monkeypatch.setattr(generation, "_should_record", lambda *_: True)
+        monkeypatch.setattr(generation, "capture", capture)
+        assert torch.equal(greedy(model, batch_size=2), expected)
+        assert len(recorded) == 1, "three batches of one size"
+        with keep_recordings():
+            for _ in range(2):
+                assert torch.equal(greedy(model, batch_size=3), expected)
+            assert len(recorded) == 2
+            greedy(other, batch_size=3)
+            greedy(model, batch_size=3, length=CONTEXT - 1)
+            assert len(recorded) == 4, "another model, another capacity"
+        assert not generation._kept.get()
+
+    def test_out_of_memory_halves_the_batch(self, monkeypatch, caplog):
+        sizes = []
+        extend = TransformerLM.extend
+
+        def scarce(model, tokens, cache):
+            sizes.append(len(tokens))
+            if len(tokens) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return extend(model, tokens, cache)
+
+        model, prompts = tiny(), some_prompts()
+        expected = generate(model, prompts, CONTEXT)
+        monkeypatch.setattr(TransformerLM, "extend", scarce)
+        assert torch.equal(generate(model, prompts, CONTEXT), expected)
+        assert sizes[:3] == [6, 3, 1]
+        assert [record.getMessage() for record in caplog.records] == [
+            "out of memory while 6 sequences were generated at a time: now 3",
+            "out of memory while 3 sequences were generated at a time: now 1",
+        ]
+
+    def test_memory_that_runs_out_while_recording_halves_the_batch_too(self, monkeypatch):
+        sizes = []
+
+        def capture(work, device):
+            sizes.append(len(work()))
+            if sizes[-1] > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            outputs = work()
+            return outputs, lambda: outputs.copy_(work())
+
+        model, prompts = tiny(), some_prompts()
+        expected = generate(model, prompts, CONTEXT)
+        monkeypatch.setattr(generation, "_should_record", lambda *_: True)
+        monkeypatch.setattr(generation, "capture", capture)
+        assert torch.equal(generate(model, prompts, CONTEXT), expected)
+        assert sizes == [6, 3]
+
+    def test_out_of_memory_with_one_sequence_is_an_error(self, monkeypatch):
+        def scarce(model, tokens, cache):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(TransformerLM, "extend", scarce)
+        with pytest.raises(torch.OutOfMemoryError):
+            generate(tiny(), some_prompts(), CONTEXT)
 
     def test_what_cannot_be_recorded_is_launched(self, monkeypatch, caplog):
         def capture(work, device):

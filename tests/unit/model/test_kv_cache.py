@@ -39,6 +39,28 @@ def test_static_cache_writes_at_its_position_only():
     assert cache.visible is None
 
 
+def test_static_cache_writes_one_place_without_sorting_it(monkeypatch):
+    """Deterministic algorithms are off for the write to a single place, and on again afterwards."""
+    seen = []
+    index_copy = torch.Tensor.index_copy_
+
+    def watched(tensor, *arguments):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return index_copy(tensor, *arguments)
+
+    monkeypatch.setattr(torch.Tensor, "index_copy_", watched)
+    cache = StaticCache(CONFIG, BATCH, CONTEXT, LIKE)
+    cache.adding = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        cache.append(0, *torch.ones(2, BATCH, 2, 1, 8, dtype=torch.float64))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [False, False]
+
+
 def test_extend_static_gives_the_logits_of_extend():
     torch.manual_seed(0)
     model = TransformerLM(CONFIG, 11).double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -89,3 +90,36 @@ def test_warming_up_leaves_buffers_as_they_were():
     warm_up_buckets(model, backward)
     assert passes == [True, True], "the second pass of a process sums as all later ones do"
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_a_device_without_the_memory_efficient_kernel_takes_the_plain_products():
+    assert not module.repeats_memory_efficient_attention(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("differs", [False, True])
+def test_the_memory_efficient_kernel_is_taken_where_its_gradients_repeat(differs, monkeypatch):
+    """With a stand-in for the kernel, whose last gradients may differ in one bit."""
+    calls = []
+
+    def attention(query, key, value, is_causal):
+        calls.append(1)
+        noise = 1e-3 if differs and len(calls) == module._REPEATS else 0.0
+        return (query * key * value) * (1 + noise)
+
+    monkeypatch.setattr(module.functional, "scaled_dot_product_attention", attention)
+    assert module.repeats_memory_efficient_attention(torch.device("cpu")) is not differs
+    assert len(calls) == module._REPEATS
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+def test_float32_attention_follows_what_was_found_and_is_recorded(repeats, monkeypatch):
+    enabled = {}
+    for kind in ("flash", "math", "mem_efficient", "cudnn"):
+        monkeypatch.setattr(torch.backends.cuda, f"enable_{kind}_sdp", partial(enabled.__setitem__, kind))
+    monkeypatch.setattr(torch.backends.cuda, "mem_efficient_sdp_enabled", lambda: enabled["mem_efficient"])
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda _: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(module, "repeats_memory_efficient_attention", lambda _: repeats)
+    module._make_deterministic(torch.device("cuda"))
+    assert enabled == {"flash": True, "math": True, "mem_efficient": repeats, "cudnn": False}
+    assert module._float32_attention() == ("memory-efficient" if repeats else "math")

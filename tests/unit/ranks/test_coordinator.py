@@ -170,6 +170,113 @@ time.sleep(2 if int(os.environ["LATE"]) == 0 else 0)
     assert outputs == [[] if rank == late else expected for rank in range(3)]
 
 
+class TestWaitingForTheDevice:
+    """With a stand-in for the event that is recorded behind a collective: a kernel that never ends, or ends late."""
+
+    def test_all_return_when_their_devices_are_done(self):
+        body = """
+began, done_at = time.monotonic(), time.monotonic() + (0.2 if rank == 0 else 1.6)
+coordinator.poll()
+coordinator.wait_for_device("step 3", lambda: time.monotonic() > done_at)
+coordinator.wait_for_device("step 4", lambda: True)
+report(waited=time.monotonic() > done_at, stop=coordinator.drain(), gathered=coordinator.gather("after", rank))
+"""
+        assert finish(start(body, 2)) == [[{"waited": True, "stop": False, "gathered": [0, 1]}]] * 2
+
+    def test_a_rank_that_dies_before_it_arrives_is_missed_at_once(self):
+        """By the agreement in flight, long before the timeout."""
+        body = """
+began = time.monotonic()
+if rank == 1:
+    os._exit(0)
+coordinator.poll()
+try:
+    coordinator.wait_for_device("step 3", lambda: False)
+except LostPeer as error:
+    report(text=str(coordinator.named(error)), soon=time.monotonic() - began < 15)
+os._exit(0)
+"""
+        survivor, _ = finish(start(body, 2, TIMEOUT="40"))
+        assert survivor[0]["soon"]
+        assert "rank 1 does not answer any more" in survivor[0]["text"]
+
+    @pytest.mark.parametrize("signalled", [True, False])
+    def test_a_rank_that_dies_while_it_waits_is_named(self, signalled):
+        """Within seconds once the launcher has signalled this one, else when the timeout is over."""
+        body = """
+began = time.monotonic()
+coordinator.poll()
+if rank == 1:
+    threading.Timer(1.5, os._exit, [0]).start()
+elif os.environ["SIGNALLED"] == "True":
+    threading.Timer(2.0, os.kill, [os.getpid(), signal.SIGTERM]).start()
+try:
+    coordinator.wait_for_device("step 3", lambda: False)
+except LostPeer as error:
+    report(text=str(error), ranks=list(error.ranks), seconds=time.monotonic() - began)
+os._exit(0)
+"""
+        timeout = 60 if signalled else 4
+        body = "import threading\n" + body
+        survivor, _ = finish(start(body, 2, TIMEOUT=str(timeout), SIGNALLED=str(signalled)))
+        assert survivor[0]["ranks"] in ([1], [])
+        assert "rank 1 has been silent" in survivor[0]["text"] or "has not finished 'step 3'" in survivor[0]["text"]
+        assert survivor[0]["seconds"] < 20
+        if signalled:
+            assert survivor[0]["ranks"] == [1]
+
+    def test_a_rank_that_dies_between_the_agreement_and_its_first_heartbeat_is_named(self):
+        body = """
+coordinator.poll()
+if rank == 1:
+    time.sleep(0.5)
+    os._exit(0)
+signal.setitimer(signal.ITIMER_REAL, 1.0)
+signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+began = time.monotonic()
+try:
+    coordinator.wait_for_device("step 3", lambda: False)
+except LostPeer as error:
+    report(text=str(error), ranks=list(error.ranks), soon=time.monotonic() - began < 15)
+os._exit(0)
+"""
+        survivor, _ = finish(start(body, 2, TIMEOUT="50"))
+        assert survivor == [{"text": "rank 1 has been silent for 5 s in 'step 3'", "ranks": [1], "soon": True}]
+
+    def test_a_failure_of_another_rank_is_heard(self):
+        body = """
+coordinator.poll()
+if rank == 1:
+    coordinator.announce_failure(OSError("disk full"))
+    report(told=True)
+    time.sleep(3)
+else:
+    try:
+        coordinator.wait_for_device("step 3", lambda: False)
+    except PeerFailed as error:
+        report(text=str(error))
+os._exit(0)
+"""
+        outputs = finish(start(body, 2))
+        assert outputs[0] == [{"text": "rank 1 failed (waiting for 'step 3'): OSError: disk full"}]
+
+    def test_one_process_polls_nothing(self):
+        coordinator = Coordinator(StopSignal(), 1.0)
+        coordinator.wait_for_device("step 3", lambda: pytest.fail("asked"))
+
+
+def test_an_answer_to_stop_is_not_forgotten():
+    """It may be read at a log, and acted on after an evaluation."""
+    body = """
+if rank == 1:
+    stop.request("test")
+coordinator.poll()
+answers = [coordinator.poll(), coordinator.drain(), coordinator.poll()]
+report(answers=answers)
+"""
+    assert finish(start(body, 2)) == [[{"answers": [True, True, True]}]] * 2
+
+
 def said_without_rank_2(body: str) -> list[list[dict]]:
     """What ranks 0 and 1 of three say when they leave at once; rank 2 sleeps through it."""
     leave = """

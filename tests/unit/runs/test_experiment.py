@@ -21,6 +21,7 @@ from accel_train.config.identity import config_hash
 from accel_train.config.sections import HooksConfig, ModelConfig, StartConfig, TrackingConfig, TrainingConfig
 from accel_train.errors import ConfigError, Interrupted
 from accel_train.process.work import SILENT
+from accel_train.runs import experiment
 from accel_train.runs.directory import CONFIG_FILE, read_config, run_directory
 from accel_train.runs.experiment import epoch_means, judged, run
 from accel_train.runs.initial_weights import resolve_weights
@@ -290,3 +291,25 @@ def test_a_conclusion_is_the_verdict_of_the_record(tmp_path, monkeypatch):
 )
 def test_epoch_means_are_those_of_whole_epochs(losses, per_epoch, means):
     assert epoch_means(losses, per_epoch) == means
+
+
+@pytest.mark.parametrize(
+    ("backend", "code", "ends"),
+    [
+        ("gloo", 1, "orderly"),
+        ("gloo", None, "orderly"),
+        ("nccl", 0, "orderly"),
+        ("nccl", 75, "orderly"),
+        ("nccl", 1, "at once"),
+        ("nccl", None, None),
+    ],
+)
+def test_a_failed_rank_does_not_wait_for_collectives_of_a_gpu(backend, code, ends, monkeypatch):
+    """Under NCCL an orderly end waits for what a rank that failed never answers."""
+    seen = []
+    monkeypatch.setattr(experiment.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(experiment.dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(experiment.dist, "destroy_process_group", lambda: seen.append("orderly"))
+    monkeypatch.setattr(experiment.os, "_exit", lambda left_with: seen.append("at once") or seen.append(left_with))
+    experiment._end_process_group(code)
+    assert seen == ([] if ends is None else ["at once", code] if ends == "at once" else ["orderly"])

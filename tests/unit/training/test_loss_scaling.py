@@ -65,6 +65,16 @@ def test_an_overflow_is_a_skipped_step_and_the_schedule_waits(tiny_model, tiny_d
     assert watch.rates[-1] == schedule(15 - 2 - 1)
 
 
+def test_a_step_reads_the_scale_once(tiny_model, tiny_dataset, scaling_trainer, monkeypatch):
+    """On a GPU every read waits for the device."""
+    reads = []
+    get_scale = torch.amp.GradScaler.get_scale
+    monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda scaler: reads.append(1) or get_scale(scaler))
+    state = scaling_trainer(tiny_model(), tiny_dataset()).fit()
+    assert state.step == 15
+    assert len(reads) == 15 + 1, "and once more before the first update"
+
+
 @pytest.mark.parametrize("hooked", [False, True])
 def test_the_norm_and_what_hooks_see_are_those_of_the_true_gradients(tiny_model, tiny_dataset, scaling_trainer, hooked):
     """Not of the scaled ones, a thousand times larger; with hooks they are unscaled before clipping, once."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from accel_train.errors import NonFinite
 from accel_train.model.transformer import TransformerLM
 from accel_train.tasks.walks.dataset import WalkDataset
 from accel_train.training import recorded_step as recorded
+from accel_train.training import step
 from accel_train.training.losses import fused_cross_entropy, next_token_cross_entropy
 from accel_train.training.recorded_step import RecordedStep, why_not
 from accel_train.training.trainer import Trainer
@@ -122,11 +125,32 @@ def test_what_cannot_be_recorded_is_launched_as_ever_and_said(tiny_model, tiny_d
     one, other = tiny_model(dropout=0.2), tiny_model(dropout=0.2)
     Trainer(one, tiny_dataset(), CONFIG).fit()
     monkeypatch.setattr(recorded, "capture", refuses)
-    with caplog.at_level("INFO"):
-        as_on_gpu(Trainer(other, tiny_dataset(), CONFIG)).fit()
+    as_on_gpu(Trainer(other, tiny_dataset(), CONFIG)).fit()
+    (told,) = [record for record in caplog.records if "CUDA graph" in record.getMessage()]
+    assert told.levelname == "WARNING", "somebody counts on it"
     assert "launched one by one: operation not permitted when stream is capturing" in caplog.text
     assert "long explanation" not in caplog.text
     assert bits(one) == bits(other)
+
+
+@pytest.mark.parametrize(("asked", "level"), [(True, "WARNING"), (None, "INFO")])
+def test_what_is_known_beforehand_is_a_warning_to_those_who_asked(asked, level, tiny_dataset, caplog, captures):
+    config = dataclasses.replace(CONFIG, cuda_graph=asked, gradient_accumulation_steps=2)
+    walks = WalkDataset(np.random.default_rng(0).integers(11, size=(16, 9), dtype=np.uint16), 8)
+    with caplog.at_level("INFO"):
+        as_on_gpu(Trainer(our_model(), walks, config)).fit()
+    (told,) = [record for record in caplog.records if "gradient accumulation" in record.getMessage()]
+    assert told.levelname == level
+    assert captures["recorded"] == 0
+
+
+def test_loss_scaling_is_a_reason_that_is_told(tiny_model, tiny_dataset, caplog, monkeypatch):
+    """The weights are not frozen on the device then: the scaler skips a bad step."""
+    trainer = Trainer(tiny_model(), tiny_dataset(), CONFIG)
+    monkeypatch.setattr(trainer._step, "_accelerator", SimpleNamespace(device=torch.device("cuda")))
+    monkeypatch.setattr(step, "why_not", lambda *_, **__: "fp16's loss scaling")
+    trainer._step.record(lambda: None)
+    assert "launched one by one: fp16's loss scaling" in caplog.text
 
 
 def our_model() -> TransformerLM:

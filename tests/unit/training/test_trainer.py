@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import random
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -144,6 +146,36 @@ def test_callbacks_come_in_order(tiny_model, tiny_dataset, tmp_path):
         ("checkpoint", 2),
         ("train_end", 2),
     ]
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(1, ["wait"]), (2, ["agreement", "wait"])])
+def test_ranks_agree_before_they_wait_for_the_device(ranks, expected, tiny_model, tiny_dataset, monkeypatch):
+    """Whoever is gone would make it wait for ever."""
+    trainer, order = Trainer(tiny_model(), tiny_dataset(), SMALL), []
+    trainer.plan = dataclasses.replace(trainer.plan, world_size=ranks)
+    monkeypatch.setattr(trainer._coordinator, "poll", lambda failure: order.append("agreement") or False)
+    monkeypatch.setattr(trainer._losses, "collect", lambda: order.append("wait") or ([], 0))
+    trainer._flush()
+    assert order == expected
+
+
+def test_what_ranks_gather_on_a_gpu_is_waited_for_by_polling(tiny_model, tiny_dataset, monkeypatch):
+    """Behind the gather an event is recorded; with stand-ins for both."""
+    trainer, asked = Trainer(tiny_model(), tiny_dataset(), SMALL), []
+
+    class Event:
+        def record(self):
+            asked.append("recorded")
+
+        def query(self):
+            return True
+
+    gathered = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda _: asked.append("gathered") or gathered)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(trainer._coordinator, "wait_for_device", lambda name, is_done: asked.append((name, is_done())))
+    assert trainer._gather(torch.zeros(1)) is gathered
+    assert asked == ["gathered", "recorded", ("step 0", True)]
 
 
 def test_the_loop_state_can_be_read_at_any_step(tiny_model, tiny_dataset):

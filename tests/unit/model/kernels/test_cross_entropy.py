@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from accel_train.config.sections import ModelConfig
 from accel_train.model.kernels import cross_entropy
@@ -25,7 +26,7 @@ def inputs(rows, ignored=0, seed=0):
 @pytest.mark.parametrize(("rows", "ignored"), [(1, 0), (8, 0), (8, 1), (50, 0), (50, 13)])
 @pytest.mark.parametrize("rows_at_once", [1, 7, 1000])
 def test_loss_and_gradients_are_those_of_the_plain_one(monkeypatch, rows, rows_at_once, ignored):
-    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", rows_at_once * VOCAB)
+    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", rows_at_once * VOCAB)
     x, weight, targets = inputs(rows, ignored)
     fused = 3 * linear_cross_entropy(x, weight, targets)
     found = torch.autograd.grad(fused, [x, weight])
@@ -34,6 +35,47 @@ def test_loss_and_gradients_are_those_of_the_plain_one(monkeypatch, rows, rows_a
     torch.testing.assert_close(fused, plain)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("ignored", [0, 13])
+def test_the_way_of_a_gpu_gives_the_same(monkeypatch, ignored):
+    monkeypatch.setattr(cross_entropy, "_is_on_cpu", lambda _: False)
+    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cuda", 7 * VOCAB)
+    x, weight, targets = inputs(50, ignored)
+    fused, plain = linear_cross_entropy(x, weight, targets), functional.cross_entropy(x @ weight.t(), targets)
+    torch.testing.assert_close(fused, plain)
+    found, expected = (torch.autograd.grad(each, [x, weight]) for each in (fused, plain))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+class Launched(TorchDispatchMode):
+    """Counts the operations that start a kernel: those that return a view start none."""
+
+    VIEWS = ("slice", "unsqueeze", "detach", "aten.t.", "new_empty")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not any(view in str(func) for view in self.VIEWS):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_it_launches_few_kernels_and_never_waits(monkeypatch, dtype):
+    """At GPT-2's shape, on a device without memory: there, too, reading a value back raises."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
+    x = torch.empty(16 * 1024, 768, device="meta", dtype=dtype, requires_grad=True)
+    weight = torch.empty(50304, 768, device="meta", dtype=dtype, requires_grad=True)
+    targets = torch.empty(16 * 1024, device="meta", dtype=torch.int64)
+    with Launched() as launched:
+        linear_cross_entropy(x, weight, targets).backward()
+    assert 50 < len(launched.names) < 150
+    # Deterministic, these sort their places, and up to PyTorch 2.6 they wait.
+    assert not [name for name in launched.names if "scatter" in name or "index_put" in name]
 
 
 def test_a_target_of_no_probability_has_its_exact_loss():
