@@ -202,7 +202,9 @@ def combined(out: Path) -> Figures:
 
     What is missing is None; parts of earlier runs into the same folder count.
     """
-    files = sorted(path for path in out.glob("*.json") if path.name != "gpu.json")
+    order = [part.name for parts in runs(out, dry=False).values() for part in parts]
+    files = [path for path in out.glob("*.json") if path.name != "gpu.json"]
+    files.sort(key=lambda path: (order.index(path.stem) if path.stem in order else len(order), path.stem))
     parts = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     figures: dict[str, Figures] = {each["part"]: each["figures"] for each in parts if each["figures"] is not None}
     machine = next((each["machine"] for each in figures.values() if "machine" in each), None)
