@@ -27,7 +27,7 @@ check: setup ## check style, types and unit tests, all at once (under two minute
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint unit
 
 slow: setup ## run what takes too long for every change, faults aside (four to six minutes on two cores)
-	$(BIN)/pytest tests/integration -n 2 --dist worksteal -m "slow and not gpu"
+	$(BIN)/pytest tests/unit tests/integration -n 2 --dist worksteal -m "slow and not gpu"
 
 FAULTS_ELSEWHERE := test_net test_slurm test_storm
 
