@@ -138,7 +138,10 @@ def run_part(part: Part, out: Path, limit: float, *, kill_after: float | None = 
             how = f"killed after {limit:.0f} s" if kill_after is None else "killed on purpose"
         finally:
             _end_group(process)
-    figures = json.loads(figures_file.read_text(encoding="utf-8")) if figures_file.exists() else None
+    try:
+        figures = json.loads(figures_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # it ended before it wrote them, or while it did
+        figures = None
     figures_file.unlink(missing_ok=True)
     passed = how == "ended" and process.returncode in part.accepts
     found = {

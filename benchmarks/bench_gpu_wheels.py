@@ -65,6 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--python", default="3.12", help="version of its Python")
     parser.add_argument("--list", action="store_true", help="only show what would be fetched")
     options = parser.parse_args(arguments)
+    if not options.there.is_file():
+        raise SystemExit(
+            f"bench_gpu_wheels.py: --there {options.there}: no such file; give what pip list printed there"
+        )
     wanted = missing(names(options.there.read_text(encoding="utf-8").splitlines()), options.python)
     print(f"missing there: {', '.join(wanted) or 'nothing'}")
     if options.list or not wanted:

@@ -47,15 +47,12 @@ def build_accelerator(
     if config.deterministic:
         # Read by cuBLAS when CUDA starts, so it must stand before the Accelerator does.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    on_gpu = torch.cuda.is_available() and not utils.str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false"))
-    # NCCL's watchdog aborts the process: after this trainer has said which rank is gone.
-    patience = timedelta(seconds=config.timeout_seconds + (_WATCHDOG_SECONDS if on_gpu else 0.0))
     accelerator = Accelerator(
         dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=False, non_blocking=True),
         gradient_accumulation_plugin=utils.GradientAccumulationPlugin(
             num_steps=config.gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
         ),
-        kwargs_handlers=[utils.InitProcessGroupKwargs(timeout=patience)],
+        kwargs_handlers=[utils.InitProcessGroupKwargs(timeout=_group_timeout(config))],
         log_with=list(log_with) or None,
         project_config=utils.ProjectConfiguration(logging_dir=log_dir),
         rng_types=[],
@@ -69,6 +66,15 @@ def build_accelerator(
     if config.deterministic and accelerator.device.type == "cuda":
         _make_deterministic(accelerator.device)
     return accelerator
+
+
+def _group_timeout(config: TrainingConfig) -> timedelta:
+    """Return how long a collective may take; under NCCL longer than this trainer waits before it says who is gone.
+
+    NCCL's watchdog aborts the process, and says nothing of ranks.
+    """
+    on_gpu = torch.cuda.is_available() and not utils.str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false"))
+    return timedelta(seconds=config.timeout_seconds + (_WATCHDOG_SECONDS if on_gpu else 0.0))
 
 
 def check_accelerator(accelerator: Accelerator, config: TrainingConfig) -> None:

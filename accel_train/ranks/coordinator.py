@@ -131,6 +131,7 @@ class Coordinator:
             is_done: asks the device without waiting for it.
 
         Raises:
+            BaseException: what :meth:`poll` was given, on the rank that has it.
             LostPeer: another rank is gone, or the device is not done within the timeout.
             PeerFailed: another rank failed.
         """
@@ -147,6 +148,8 @@ class Coordinator:
             if now >= next_look:
                 next_look = now + _HEARTBEAT_SECONDS
                 self._store.set(f"device/{self.rank}", f"{self._device_waits} {now}")
+                if self._failure is not None:
+                    raise self._failure
                 if self._store.has("failure"):
                     self._raise_announced(name)
                 if self._work is None or self._work.is_completed():

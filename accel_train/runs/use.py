@@ -16,6 +16,7 @@ from accel_train.config.identity import config_hash
 from accel_train.config.sections import SHARED_CORPORA, ExperimentConfig
 from accel_train.data.loader import DatasetWithIds
 from accel_train.errors import ConfigError
+from accel_train.model.generation import keep_recordings
 from accel_train.model.transformer import TransformerLM
 from accel_train.process.work import SILENT
 from accel_train.runs.directory import CONFIG_FILE, read_config
@@ -89,9 +90,10 @@ def evaluate(run_dir: Path) -> dict[str, Any]:
         for name, dataset in task.validation().items()
     }
     model.eval()
-    evaluation = task.evaluate(model, losses, SILENT).to_dict()
     epoch_losses = read_record(run_dir).gate.evidence.get("epoch_losses", [])
-    concluded = task.conclude(Trained(model, run.checkpoint, evaluation, epoch_losses), SILENT)
+    with keep_recordings():
+        evaluation = task.evaluate(model, losses, SILENT).to_dict()
+        concluded = task.conclude(Trained(model, run.checkpoint, evaluation, epoch_losses), SILENT)
     verdict = evaluation if concluded is None else concluded.to_dict()
     return {"run": str(run_dir), "step": run.step, **verdict}
 

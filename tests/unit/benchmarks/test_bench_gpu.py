@@ -72,6 +72,10 @@ class TestParts:
             bench_gpu.run_part(part("one", program, environment={"ASKED": "yes"}), tmp_path, 60)["status"] == "passed"
         )
 
+    def test_figures_that_were_cut_off_are_none(self, tmp_path):
+        program = f"import pathlib; pathlib.Path({str(tmp_path / 'one.figures')!r}).write_text('[1, ')"
+        assert bench_gpu.run_part(part("one", program), tmp_path, 60)["figures"] is None
+
     def test_figures_of_an_earlier_run_are_not_taken_for_new_ones(self, tmp_path):
         (tmp_path / "one.figures").write_text("[1]")
         assert bench_gpu.run_part(part("one", "raise SystemExit(1)"), tmp_path, 60)["figures"] is None
@@ -198,6 +202,11 @@ def test_only_what_a_machine_lacks_is_fetched():
     assert not wanted & {"torch", "sympy", "filelock"}
     locked = bench_gpu_wheels.LOCK.read_text().splitlines()
     assert set(bench_gpu_wheels.missing(there, "3.12")) <= set(locked)
+
+
+def test_a_list_of_packages_that_is_missing_is_one_line(tmp_path):
+    with pytest.raises(SystemExit, match="no such file; give what pip list printed"):
+        bench_gpu_wheels.main([str(tmp_path / "site"), "--there", str(tmp_path / "nowhere.txt")])
 
 
 def test_names_are_read_from_a_list_of_packages():

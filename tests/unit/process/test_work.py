@@ -30,6 +30,7 @@ def test_silent_work_runs_to_its_end() -> None:
     SILENT.say("phase", "what")
     SILENT.reached("point")
     SILENT.check()
+    assert not SILENT.should_stop()
 
 
 def test_check_raises_once_the_work_is_to_stop() -> None:

@@ -92,6 +92,17 @@ def test_warming_up_leaves_buffers_as_they_were():
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
+@pytest.mark.parametrize(
+    ("has_gpu", "uses_cpu", "seconds"), [(True, None, 150.0), (True, "true", 30.0), (False, None, 30.0)]
+)
+def test_the_watchdog_of_nccl_comes_after_the_trainer(has_gpu, uses_cpu, seconds, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    if uses_cpu is not None:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", uses_cpu)
+    assert module._group_timeout(TrainingConfig(timeout_seconds=30.0)).total_seconds() == seconds
+
+
 def test_a_device_without_the_memory_efficient_kernel_takes_the_plain_products():
     assert not module.repeats_memory_efficient_attention(torch.device("cpu"))
 

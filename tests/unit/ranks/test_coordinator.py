@@ -260,9 +260,25 @@ os._exit(0)
         outputs = finish(start(body, 2))
         assert outputs[0] == [{"text": "rank 1 failed (waiting for 'step 3'): OSError: disk full"}]
 
+    def test_a_failure_of_its_own_is_raised_as_what_it_is(self):
+        body = """
+failure = OSError("disk full") if rank == 0 else None
+coordinator.poll(failure)
+try:
+    coordinator.wait_for_device("step 3", lambda: False)
+except Exception as error:
+    report(text=f"{type(error).__name__}: {error}")
+time.sleep(2 if rank == 0 else 0)
+os._exit(0)
+"""
+        outputs = finish(start(body, 2))
+        assert outputs[0] == [{"text": "OSError: disk full"}]
+        assert outputs[1] == [{"text": "PeerFailed: rank 0 failed (waiting for 'step 3'): OSError: disk full"}]
+
     def test_one_process_polls_nothing(self):
-        coordinator = Coordinator(StopSignal(), 1.0)
-        coordinator.wait_for_device("step 3", lambda: pytest.fail("asked"))
+        asked = []
+        Coordinator(StopSignal(), 1.0).wait_for_device("step 3", lambda: bool(asked.append(1)))
+        assert asked == []
 
 
 def test_an_answer_to_stop_is_not_forgotten():

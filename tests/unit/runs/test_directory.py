@@ -20,6 +20,7 @@ from accel_train.runs.directory import (
     read_config,
     run_directory,
 )
+from accel_train.runs.lock import live_runs
 from accel_train.runs.record import new_record, read_record, write_record
 from accel_train.tasks.registry import experiment_config
 from accel_train.tasks.walks.task import WalksTask
@@ -95,7 +96,9 @@ def test_closing_twice_or_unopened_is_harmless(config):
     directory.close()
     directory.close()
     directory.open(SILENT, fresh=False)
+    assert live_runs([directory.path]) == {directory.path}
     directory.close()
+    assert live_runs([directory.path]) == set()
 
 
 def test_a_place_that_cannot_be_made_is_refused(config, tmp_path):
