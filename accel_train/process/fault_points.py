@@ -34,20 +34,3 @@ REPORT_BEGUN = "report begun"
 """The pipeline has verified the finished model and is about to write one more of its reports."""
 RECORD_WRITTEN_ASIDE = "record written aside"
 """The new ``result.json`` is complete under its temporary name."""
-
-POINTS = (
-    CORPUS_BEGUN,
-    CORPUS_BUILT,
-    STEP_DONE,
-    EVALUATION_BEGUN,
-    SAVE_BEGUN,
-    SAVE_HALF_WRITTEN,
-    SAVE_WRITTEN,
-    COMMIT_BEGUN,
-    COMMIT_SEALED,
-    COMMIT_RENAMED,
-    ROTATION_RENAMED,
-    CONCLUSION_BEGUN,
-    REPORT_BEGUN,
-    RECORD_WRITTEN_ASIDE,
-)

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from accel_train.commands.main import train_main
-from accel_train.process.fault_points import POINTS
+from accel_train.process import fault_points
 from accel_train.process.work import pass_by
+
+POINTS = [value for name, value in vars(fault_points).items() if name.isupper()]
 
 
 class Fault:
