@@ -103,7 +103,8 @@ def _checkpoint_figures(shape: ModelConfig, vocab_size: int, *, rounds: int, len
             next_step()
             alone = _seconds(train_step)
             stall, beside = _seconds(lambda: checkpointer.save(state)), []
-            while not checkpointer.idle:
+            commit = checkpointer._commit
+            while commit is not None and not commit.done():
                 beside.append(_seconds(train_step))
             checkpointer.wait()
             alone = min(alone, _seconds(train_step))

@@ -30,20 +30,13 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 
-from accel_train.checkpoints import manifest
-from accel_train.checkpoints.random_states import (
-    derive_rank_seed,
-    load_device_state,
-    rng_digest,
-    save_device_state,
-)
+from accel_train.checkpoints import manifest, random_states
 from accel_train.checkpoints.state import TrainingState
 from accel_train.config.sections import CheckpointConfig
 from accel_train.errors import CheckpointError, CheckpointMismatch
 from accel_train.files import sealed
 from accel_train.files.atomic import fsync_file
-from accel_train.process import fault_points
-from accel_train.process.work import pass_by
+from accel_train.process import fault_points, work
 from accel_train.ranks.coordinator import Coordinator
 from accel_train.ranks.store import is_lost_peer
 
@@ -88,7 +81,7 @@ class Checkpointer:
     extra_files: Mapping[str, bytes] = field(default_factory=dict)
     logs: Sequence[Path] = ()
     restart: bool = False
-    reached: Callable[[str], None] = pass_by
+    reached: Callable[[str], None] = work.pass_by
 
     def __post_init__(self) -> None:
         self._newest: int | None = None
@@ -122,7 +115,7 @@ class Checkpointer:
             for file in temporary.glob(f"random_states_{self.coordinator.rank}.*"):
                 fsync_file(file)
         self.reached(fault_points.SAVE_WRITTEN)
-        rng = self.coordinator.gather("checkpoint files", rng_digest(self.accelerator.device))
+        rng = self.coordinator.gather("checkpoint files", random_states.rng_digest(self.accelerator.device))
         if self.coordinator.is_main:
             header = {
                 "step": state.step,
@@ -143,11 +136,6 @@ class Checkpointer:
             CheckpointError: it could not be committed; earlier checkpoints are intact.
         """
         self.coordinator.main_phase("commit of the checkpoint", lambda _: self._join())
-
-    @property
-    def idle(self) -> bool:
-        """Whether no commit is going on in the background of this rank."""
-        return self._commit is None or self._commit.done()
 
     @property
     def failure(self) -> BaseException | None:
@@ -188,7 +176,7 @@ class Checkpointer:
                 self.reached(fault_points.SAVE_HALF_WRITTEN)
             with _no_crc32():
                 self.accelerator.save_state(str(temporary), safe_serialization=True)
-            save_device_state(temporary, self.coordinator.rank, self.accelerator.device)
+            random_states.save_device_state(temporary, self.coordinator.rank, self.accelerator.device)
         except (OSError, RuntimeError, SafetensorError) as error:
             if is_lost_peer(error):
                 raise
@@ -249,7 +237,7 @@ class Checkpointer:
         try:
             state = TrainingState.load(path)
             self.accelerator.load_state(str(path))
-            load_device_state(path, self.coordinator.rank, self.accelerator.device)
+            random_states.load_device_state(path, self.coordinator.rank, self.accelerator.device)
         except pickle.UnpicklingError as error:
             raise CheckpointError(f"{path} holds a pickle with more than plain values: not loaded, not run") from error
         except (ValueError, RuntimeError, SafetensorError) as error:
@@ -275,8 +263,8 @@ class Checkpointer:
         rank, device = self.coordinator.rank, self.accelerator.device
         is_new = rank not in saved or state.machine.get("device_type", device.type) != device.type
         if is_new:
-            set_seed(derive_rank_seed(self.seed, state.step, rank))
-        restored = is_new or rng_digest(device) == saved[rank]
+            set_seed(random_states.derive_rank_seed(self.seed, state.step, rank))
+        restored = is_new or random_states.rng_digest(device) == saved[rank]
         failed = [r for r, ok in enumerate(self.coordinator.gather("restored random states", restored)) if not ok]
         if failed:
             raise CheckpointMismatch(
