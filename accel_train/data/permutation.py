@@ -25,7 +25,6 @@ ROUNDS = 6
 MAX_SAMPLES = 2**62
 """Each half of a position must fit into 32 bits."""
 
-_WORD = 2**64 - 1
 _GAMMA = 0x9E3779B97F4A7C15
 _BLOCK_POSITIONS = 4096
 """Positions computed at a time: about 0.2 ms, beside which numpy's cost per call is negligible."""
@@ -42,7 +41,7 @@ def _mix(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def _mix_int(word: int) -> int:
-    return int(_mix(np.array([word & _WORD], dtype=np.uint64))[0])
+    return int(_mix(np.array([word % 2**64], dtype=np.uint64))[0])
 
 
 def order_key(seed: int, epoch: int) -> int:

@@ -137,9 +137,8 @@ def count_windows(ranges: Ranges, context_length: int, stride: int | None = None
     return int(_window_counts(ranges, context_length, context_length if stride is None else stride).sum())
 
 
-def _window_counts(ranges: Ranges, context_length: int, stride: int) -> Ranges:
-    counts: Ranges = np.maximum((ranges[:, 1] - ranges[:, 0] - context_length - 1) // stride + 1, 0)
-    return counts
+def _window_counts(ranges: Ranges, context_length: int, stride: int) -> npt.NDArray[np.int64]:
+    return ((ranges[:, 1] - ranges[:, 0] - context_length - 1) // stride + 1).clip(min=0)
 
 
 class WindowDataset(StreamDataset):
@@ -161,8 +160,7 @@ class WindowDataset(StreamDataset):
     def __init__(
         self, tokens: Stream, context_length: int, ranges: Ranges | None = None, stride: int | None = None
     ) -> None:
-        self._tokens, self.stream_length = tokens, len(tokens)
-        self.context_length = context_length
+        self._tokens, self.context_length, self.stream_length = tokens, context_length, len(tokens)
         self.stride = context_length if stride is None else stride
         if context_length < 1 or self.stride < 1:
             raise ValueError(f"context_length = {context_length} and stride = {stride} must be at least 1")

@@ -21,19 +21,15 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def canonical_json(value: Any) -> str:
-    """Return JSON with sorted keys and no spaces: equal values give equal text.
+def sha256_json(value: Any) -> str:
+    """Return the SHA-256 (hex) of a JSON value, written with sorted keys and no spaces: equal values give equal text.
 
     Raises:
         ValueError: ``value`` holds a number that is not finite.
         TypeError: it holds something that JSON has no form for.
     """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def sha256_json(value: Any) -> str:
-    """Return the SHA-256 (hex) of a JSON value; errors as :func:`canonical_json`."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def fsync_file(path: Path) -> None:

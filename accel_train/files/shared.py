@@ -72,8 +72,7 @@ def damage(directory: Path) -> str | None:
 
 def _open_or_build(path: Path, build: Callable[[Path], None], work: WorkContext) -> Path:
     if path.exists():
-        problem = damage(path)
-        if problem is None:
+        if (problem := damage(path)) is None:
             return path
         log.warning("%s is damaged (%s) and is built again", path, problem)
         shutil.rmtree(sealed.retire(path))
