@@ -53,25 +53,22 @@ class Recorder:
         self.mode = mode
         self._recorded: dict[ExtractionMode, list[Tensor]] = {kind: [] for kind in ExtractionMode}
 
+    def record(self, kind: ExtractionMode, tensor: Tensor) -> None:
+        """Record a tensor of one kind, of the shape that :class:`Extraction` states, if the mode includes that kind."""
+        if self.mode & kind:
+            self._recorded[kind].append(tensor)
+
     def record_attention(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Record one block's attention from query, key and value, ``(batch, heads, time, head_width)`` each."""
         if self.mode & (ExtractionMode.SCORES | ExtractionMode.WEIGHTS):
             time = query.shape[2]
             later = torch.ones(time, time, dtype=torch.bool, device=query.device).triu(1)
             scores = (query @ key.transpose(2, 3) / math.sqrt(query.shape[3])).masked_fill(later, -math.inf)
-            self._record(ExtractionMode.SCORES, scores)
+            self.record(ExtractionMode.SCORES, scores)
             if self.mode & ExtractionMode.WEIGHTS:
-                self._record(ExtractionMode.WEIGHTS, scores.softmax(dim=-1))
-        self._record(ExtractionMode.VALUES, value)
-
-    def record_residual(self, x: Tensor) -> None:
-        """Record the residual stream ``(batch, time, d_model)``."""
-        self._record(ExtractionMode.RESIDUAL, x)
+                self.record(ExtractionMode.WEIGHTS, scores.softmax(dim=-1))
+        self.record(ExtractionMode.VALUES, value)
 
     def extraction(self, logits: Tensor) -> Extraction:
         """Return all recorded tensors with the logits ``(batch, time, vocab)``."""
         return Extraction(logits, *map(tuple, self._recorded.values()))
-
-    def _record(self, kind: ExtractionMode, tensor: Tensor) -> None:
-        if self.mode & kind:
-            self._recorded[kind].append(tensor)

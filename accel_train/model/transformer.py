@@ -246,10 +246,10 @@ class TransformerLM(nn.Module):
         x = self.dropout(x)
         for block in self.blocks:
             if recorder is not None:
-                recorder.record_residual(x)
+                recorder.record(ExtractionMode.RESIDUAL, x)
             x = block(x, angles, recorder, cache)
         if recorder is not None:
-            recorder.record_residual(x)
+            recorder.record(ExtractionMode.RESIDUAL, x)
         return x  # type: ignore[no-any-return]
 
     def _logits(self, x: Tensor) -> Tensor:
