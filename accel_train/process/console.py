@@ -37,8 +37,7 @@ def print_line(line: str, stream: Literal["stdout", "stderr"] = "stdout") -> Non
             tqdm.write(line, file=file)
         file.flush()
     except OSError:
-        nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
-        setattr(sys, stream, nowhere)
+        setattr(sys, stream, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - for the rest of the process
 
 
 class ConsoleHandler(logging.Handler):

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -131,9 +131,8 @@ def leaving_while_ranks_meet(code: int, stop: StopSignal) -> Iterator[None]:
     def watch() -> None:
         leave_at = time.monotonic() + _MEETING_GRACE_SECONDS if stop.requested else math.inf
         while not met.is_set():
-            if select.select([arrivals], [], [], _MEETING_POLL_SECONDS)[0] and any(
-                number in STOP_SIGNALS for number in arrivals.recv(256)
-            ):
+            arrived = arrivals.recv(256) if select.select([arrivals], [], [], _MEETING_POLL_SECONDS)[0] else b""
+            if any(number in STOP_SIGNALS for number in arrived):
                 leave_at = min(leave_at, time.monotonic() + _MEETING_GRACE_SECONDS)
             if time.monotonic() > leave_at or (launcher is not None and is_orphan_of(launcher)):
                 os._exit(code)
@@ -206,8 +205,7 @@ def _ask_for_sigterm_when_parent_dies() -> None:
 
 def _process_1_is_launcher() -> bool:
     """As in a container whose command is the launcher itself: then process 1 is no sign of an orphan."""
-    try:
+    with suppress(OSError):
         command = Path("/proc/1/cmdline").read_bytes()
-    except OSError:
-        return False
-    return any(name in command for name in (b"accelerate", b"torchrun", b"torch.distributed"))
+        return any(name in command for name in (b"accelerate", b"torchrun", b"torch.distributed"))
+    return False
