@@ -52,8 +52,7 @@ _MANY_SINGLE_QUERIES = 1024
 
 def _single_query_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attend with one query ``(batch, heads, 1, head_width)`` per head to ``(batch, heads, time, head_width)``."""
-    weights = torch.softmax((query * query.shape[3] ** -0.5) @ key.transpose(2, 3), dim=-1)
-    return weights @ value
+    return torch.softmax((query * query.shape[3] ** -0.5) @ key.transpose(2, 3), dim=-1) @ value
 
 
 class Attention(nn.Module):
