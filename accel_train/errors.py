@@ -74,10 +74,8 @@ class RunLocked(RunError):
     exit_code = EXIT_PREEMPTED
 
     def __init__(self, run_dir: Path, holder: str, waited: float) -> None:
-        super().__init__(
-            f"{run_dir} is in use by {holder}, still after {waited:.0f} s; wait for it or stop it, "
-            "then run the same command again"
-        )
+        cure = "wait for it or stop it, then run the same command again"
+        super().__init__(f"{run_dir} is in use by {holder}, still after {waited:.0f} s; {cure}")
 
 
 class Interrupted(RunError):
@@ -142,10 +140,9 @@ class NonFinite(RunError):
 
     def __init__(self, step: int, where: str) -> None:
         self.step, self.where = step, where
-        super().__init__(
-            f"training stopped at step {step}: the loss or a gradient is not finite; first: {where}. "
-            "Checkpoints of earlier steps are intact; a lower training.learning_rate or a look at that data may help"
-        )
+        what = f"training stopped at step {step}: the loss or a gradient is not finite; first: {where}"
+        cure = "a lower training.learning_rate or a look at that data may help"
+        super().__init__(f"{what}. Checkpoints of earlier steps are intact; {cure}")
 
 
 class CheckpointError(RunError):

@@ -88,12 +88,9 @@ def _run_command(arguments: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _CommandParser(
-        prog="accel-train",
-        description="Train small transformer language models that can be killed at any instant.",
-        epilog="exit codes: 0 finished, 1 failed, 2 wrong configuration or command line, "
-        "75 preempted or locked: run the same command again",
-    )
+    about = "Train small transformer language models that can be killed at any instant."
+    codes = "exit codes: 0 finished, 1 failed, 2 wrong configuration or command line, 75 preempted or locked"
+    parser = _CommandParser(prog="accel-train", description=about, epilog=f"{codes}: run the same command again")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="train or resume an experiment", add_help=False)
     commands.add_parser("pipeline", help="from a corpus to a validated model", add_help=False)
@@ -101,11 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     runs = commands.add_parser("runs", help="list runs, or print the status of one")
     runs.add_argument("results", nargs="?", type=Path, help="results directory (default: results)")
     runs.add_argument("--passed", action="store_true", help="only runs that are completed and passed their gate")
-    runs.add_argument(
-        "--status",
-        metavar="ID",
-        help="print how this run stands; exit code 0 completed, 1 failed, 3 live, 75 preempted or interrupted",
-    )
+    status = "print how this run stands; exit code 0 completed, 1 failed, 3 live, 75 preempted or interrupted"
+    runs.add_argument("--status", metavar="ID", help=status)
     runs.add_argument("--json", action="store_true", help="print JSON")
 
     checkpoints = commands.add_parser("checkpoints", help="list the checkpoints of a run and whether they are sound")

@@ -166,9 +166,8 @@ def expected(kind: Any) -> str:
         null_first = sorted(parts, key=lambda part: part is not type(None))
         return " or ".join(expected(part) for part in null_first)
     if origin is tuple:
-        if parts[-1] is Ellipsis:
-            return f"a list such as [a, b], each {expected(parts[0])}"
-        return f"a list of {len(parts)}, each {expected(parts[0])}"
+        shape = "such as [a, b]" if parts[-1] is Ellipsis else f"of {len(parts)}"
+        return f"a list {shape}, each {expected(parts[0])}"
     return _PLAIN_TYPES.get(kind, str(kind))
 
 

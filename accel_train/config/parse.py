@@ -48,8 +48,7 @@ def parse_config(argv: Sequence[str], class_of: ClassOf) -> tuple[ExperimentConf
     except ConfigError as error:
         if error.field not in origin:
             raise
-        rule = f"{error.rule} (in {origin[error.field]})"
-        raise ConfigError(error.field, error.value, rule) from None
+        raise ConfigError(error.field, error.value, f"{error.rule} (in {origin[error.field]})") from None
 
 
 def _configured(argv: Sequence[str], class_of: ClassOf, origin: dict[str, str]) -> tuple[ExperimentConfig, EarlierRun]:
@@ -168,19 +167,13 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpar
 
 def option_parser(cls: type[ExperimentConfig]) -> argparse.ArgumentParser:
     """Return the parser of the options of ``accel-train train`` for one task."""
-    parser = _Parser(
-        prog="accel-train train",
-        usage="accel-train train [--config FILE] [--SECTION.FIELD VALUE ...] [--fresh] [--on_damage restart] "
-        "[--print_config]",
-        description="Train, or resume: the same command run again continues. Options win over the file.",
-    )
+    usage = "%(prog)s [--config FILE] [--SECTION.FIELD VALUE ...] [--fresh] [--on_damage restart] [--print_config]"
+    about = "Train, or resume: the same command run again continues. Options win over the file."
+    parser = _Parser(prog="accel-train train", usage=usage, description=about)
     parser.add_argument("--config", metavar="FILE", action="append", help="YAML file with any fields below")
     parser.add_argument("--fresh", action="store_true", help="archive an earlier run of this name and start over")
-    parser.add_argument(
-        "--on_damage",
-        metavar="refuse|restart",
-        help="when every checkpoint is damaged: refuse to go on (the default), or set them aside and start over",
-    )
+    on_damage = "when every checkpoint is damaged: refuse to go on (the default), or set them aside and start over"
+    parser.add_argument("--on_damage", metavar="refuse|restart", help=on_damage)
     parser.add_argument("--print_config", action="store_true", help="print the whole configuration as YAML and exit")
     # Each section has a heading of its own.
     groups = {"": (parser.add_argument_group("experiment"), cls)}

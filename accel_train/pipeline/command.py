@@ -116,6 +116,8 @@ class Option:
         return self.flag.removeprefix("--").replace("-", "_")
 
 
+_DEFAULT_CONFIG = "default: text_quick.yaml for the built-in corpus, text_default.yaml for any other"
+_LAUNCHERS = "such as 'accelerate launch --multi_gpu --num_processes 4' (default: this process trains)"
 OPTIONS = (
     Option("--corpus-path", "text file, or directory of *.txt files", "text.corpus", metavar="PATH"),
     Option("--corpus-url", "text file on the network (default: a built-in corpus)", "text.corpus", metavar="URL"),
@@ -127,18 +129,8 @@ OPTIONS = (
     Option("--learning-rate", "peak learning rate", "training.learning_rate", float, "X"),
     Option("--max-seq-length", "context length in tokens", "model.max_seq_len", int, "N"),
     Option("--seed", "seed of everything random", "seed", int, "N"),
-    Option(
-        "--config",
-        "YAML of the text task that the options change (default: text_quick.yaml for the built-in corpus, "
-        "text_default.yaml for any other)",
-        metavar="FILE",
-    ),
-    Option(
-        "--launcher",
-        "what starts the processes of training, such as 'accelerate launch --multi_gpu --num_processes 4' "
-        "(default: this process trains)",
-        metavar="COMMAND",
-    ),
+    Option("--config", f"YAML of the text task that the options change ({_DEFAULT_CONFIG})", metavar="FILE"),
+    Option("--launcher", f"what starts the processes of training, {_LAUNCHERS}", metavar="COMMAND"),
     Option("--output-dir", "where everything goes (default: results)", "output_dir", metavar="DIR", kept=False),
     Option("--skip-corpus", "neither fetch nor make a corpus: it must be there already", type=bool, kept=False),
     Option("--skip-tokenizer", "train no tokenizer: it must be there already", type=bool, kept=False),

@@ -52,8 +52,7 @@ def check_space(config: ExperimentConfig, out: Path) -> None:
     """
     text: TextConfig = config.section
     # Weights and two moments in each checkpoint; the kept ones, the best, and one being written.
-    copies = config.checkpoint.keep_last + 2
-    checkpoints = 12 * size.transformer_parameters(config.model, text.vocab_size) * copies
+    checkpoints = 12 * size.transformer_parameters(config.model, text.vocab_size) * (config.checkpoint.keep_last + 2)
     needed = checkpoints + 2 * _bytes_of_corpus(text) + _SPARE_BYTES
     # What an earlier call has written of it is no reason to send anybody elsewhere.
     run_dir = run_dir_of(config)

@@ -5,10 +5,8 @@ All of it is derived from the record of the run.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +18,11 @@ Values = Mapping[str, Any]
 _MEASURED = ("val_loss", "val_bits_per_byte", "probe_loss", "overfit_gap")
 
 
-def load_metrics_schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of ``training_metrics.json``."""
-    text = resources.files("accel_train.pipeline").joinpath("training_metrics.schema.json").read_text(encoding="utf-8")
-    schema: dict[str, Any] = json.loads(text)
-    return schema
-
-
 def training_metrics(record: Values, run_dir: Path) -> dict[str, Any]:
-    """Every epoch's figures, all hyperparameters and where the models are, from the record of a completed run."""
+    """Every epoch's figures, all hyperparameters and where the models are, from the record of a completed run.
+
+    ``training_metrics.schema.json`` beside this module is its JSON Schema (draft 2020-12).
+    """
     scalars = record["metrics"]["scalars"]
     per_epoch = round(scalars["steps_trained"] / scalars["epochs_trained"])
     evaluations = _evaluations(record, per_epoch)

@@ -24,7 +24,6 @@ from filelock import FileLock
 from accel_train import errors
 from accel_train.checkpoints.manifest import list_checkpoints, read_manifest, require_data, step_directory, verify
 from accel_train.config.sections import SHARED_CORPORA, EarlierRun, ExperimentConfig
-from accel_train.errors import CheckpointMismatch, ConfigError, Interrupted, PhaseFailed, RunError
 from accel_train.files.atomic import write_atomic
 from accel_train.pipeline import reports
 from accel_train.pipeline.command import OPTIONS_FILE, PHASES, as_option, kept_options, print_heading
@@ -73,7 +72,7 @@ class Pipeline:
             self._train(config, task)
             with stop.installed():
                 return self._validate(config, task)
-        except (Interrupted, KeyboardInterrupt):
+        except (errors.Interrupted, KeyboardInterrupt):
             again = "with --resume instead of --fresh" if self._options.fresh else "again"
             print_line(f"interrupted: run the same command {again} to go on")
             return errors.EXIT_PREEMPTED
@@ -86,15 +85,15 @@ class Pipeline:
             print_heading(code)
         try:
             yield
-        except (PhaseFailed, Interrupted):
+        except (errors.PhaseFailed, errors.Interrupted):
             raise
-        except ConfigError as error:
+        except errors.ConfigError as error:
             # What is there but is no text cannot be tokenized, whenever that was noticed.
             chosen = errors.EXIT_TOKENIZER if getattr(error.__cause__, "is_content", False) else code
-            raise PhaseFailed(f"{as_option(error.field)}: {error.value} {error.rule}", chosen) from error
-        except (RunError, OSError, MemoryError) as error:
-            cure = "; train anew with --fresh" if isinstance(error, CheckpointMismatch) else ""
-            raise PhaseFailed(f"{error}{cure}" if str(error) else type(error).__name__, code) from error
+            raise errors.PhaseFailed(f"{as_option(error.field)}: {error.value} {error.rule}", chosen) from error
+        except (errors.RunError, OSError, MemoryError) as error:
+            cure = "; train anew with --fresh" if isinstance(error, errors.CheckpointMismatch) else ""
+            raise errors.PhaseFailed(f"{error}{cure}" if str(error) else type(error).__name__, code) from error
         print_line(f"{'done':<10} {PHASES[code].lower()} in {time.perf_counter() - began:.1f} s")
 
     def _keep_options(self) -> None:
@@ -113,13 +112,13 @@ class Pipeline:
         shared, preparation = self._out / SHARED_CORPORA, task.preparation
         with self._phase(errors.EXIT_CORPUS):
             if self._options.skip_corpus and (missing := preparation.missing_corpus(shared)):
-                raise RunError(f"there is no corpus to go on with ({missing}); leave out --skip-corpus")
+                raise errors.RunError(f"there is no corpus to go on with ({missing}); leave out --skip-corpus")
             task.check(work)
             corpus = preparation.build_corpus(shared, work)
             _tell_skipped(task, "corpus")
         with self._phase(errors.EXIT_TOKENIZER):
             if self._options.skip_tokenizer and (missing := preparation.missing_tokenizer(corpus, shared)):
-                raise RunError(f"there is no tokenizer to go on with ({missing}); leave out --skip-tokenizer")
+                raise errors.RunError(f"there is no tokenizer to go on with ({missing}); leave out --skip-tokenizer")
             tokenizer = preparation.build_tokenizer(corpus, shared, work)
             task.open(str(preparation.build_tokens(corpus, tokenizer, shared, work)))
             _tell_skipped(task, "tokenizer", "tokens")
@@ -140,9 +139,9 @@ class Pipeline:
             else:
                 code = self._launch(config, run_dir)
             if code == errors.EXIT_PREEMPTED:
-                raise Interrupted
+                raise errors.Interrupted
             if code != errors.EXIT_OK:
-                raise RunError(_why_training_failed(run_dir))
+                raise errors.RunError(_why_training_failed(run_dir))
 
     def _launch(self, config: ExperimentConfig, run_dir: Path) -> int:
         """Train in the processes that ``--launcher`` starts; the record says what came of it, launchers do not."""
@@ -171,7 +170,7 @@ class Pipeline:
             return errors.EXIT_PREEMPTED
         if not is_new:
             what = f"--launcher: {line[0]} ended with code {process.returncode}"
-            raise RunError(f"{what} before training began; see above, and check it")
+            raise errors.RunError(f"{what} before training began; see above, and check it")
         return errors.EXIT_TRAINING
 
     # -- validation ------------------------------------------------------------------------
@@ -199,7 +198,7 @@ class Pipeline:
         self._summarise(run_dir, checkpoint["path"])
         if not gate["passed"]:
             reason = f"the model does not pass: {gate['failure_reason']}; {reports.advice(task.advice, gate)}"
-            raise PhaseFailed(reason, errors.EXIT_VALIDATION)
+            raise errors.PhaseFailed(reason, errors.EXIT_VALIDATION)
         print_line(f"\nsuccess in {time.perf_counter() - self._began:.1f} s")
         return errors.EXIT_OK
 
@@ -238,7 +237,7 @@ def _final_checkpoint(run_dir: Path, record: RunRecord) -> dict[str, Any]:
     path = run_dir / "checkpoints" / step_directory(int(record.metrics.scalars["steps_trained"] or 0))
     if problems := verify(path):
         reason = f"the trained model is damaged: {path}: {'; '.join(problems)}"
-        raise RunError(f"{reason}; put the file back, or train again with --fresh")
+        raise errors.RunError(f"{reason}; put the file back, or train again with --fresh")
     return {"path": str(path), "weights_sha256": read_manifest(path)["files"]["model.safetensors"]["sha256"]}
 
 

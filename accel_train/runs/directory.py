@@ -121,8 +121,7 @@ class RunDirectory:
         path = self.path / CONFIG_FILE
         if not path.exists():
             return
-        theirs = read_config(path)
-        lines = differing_fields(result_values(self.config), result_values(theirs))
+        lines = differing_fields(result_values(self.config), result_values(read_config(path)))
         if not lines and (self.path / RECORD_FILE).exists():
             known = read_record(self.path).config_hash
             if known != self.config_hash:
@@ -136,16 +135,14 @@ class RunDirectory:
         present = [path.name for path in self.path.iterdir() if not path.name.startswith(_NOT_ARCHIVED)]
         if not present:
             return
-        # The record goes first: a kill in the middle of archiving must not leave a directory that looks finished.
-        present.sort(key=lambda name: name != RECORD_FILE)
-        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-        archive = self.path.with_name(f"{self.path.name}.archived-{stamp}")
-        number = 1
+        wanted = f"{self.path.name}.archived-{datetime.now(UTC):%Y%m%dT%H%M%S}"
+        archive, number = self.path.with_name(wanted), 1
         while archive.exists():
             number += 1
-            archive = archive.with_name(f"{self.path.name}.archived-{stamp}-{number}")
+            archive = self.path.with_name(f"{wanted}-{number}")
         archive.mkdir()
-        for name in present:
+        # The record goes first: a kill in the middle of archiving must not leave a directory that looks finished.
+        for name in sorted(present, key=lambda name: name != RECORD_FILE):
             (self.path / name).rename(archive / name)
         say("archive", f"the earlier run was moved to {archive}")
 

@@ -261,17 +261,15 @@ class _Experiment:
         blind = next((rank for rank, (sees, _) in enumerate(found) if not sees), None)
         self._phase(name, lambda _: directory.remove_token(token, refused=blind is not None))
         if blind is not None:
-            rule = (
-                f"is not shared by all processes: what rank 0 writes to {found[0][1]} is not there for rank {blind} "
-                f"in {found[blind][1]}; name a directory that every machine sees, such as one on a network file system"
-            )
+            where = f"{found[0][1]} is not there for rank {blind} in {found[blind][1]}"
+            cure = "name a directory that every machine sees, such as one on a network file system"
+            rule = f"is not shared by all processes: what rank 0 writes to {where}; {cure}"
             raise errors.ConfigError("output_dir", self.config.output_dir, rule)
 
     def _open(self, recorder: Recorder, work: WorkContext) -> dict[str, Any]:
         """On the main process: the lock, then the first file."""
-        directory = recorder.directory
-        found = directory.open(work, fresh=self.earlier.fresh)
-        self.say("run", str(directory.path))
+        found = recorder.directory.open(work, fresh=self.earlier.fresh)
+        self.say("run", str(recorder.directory.path))
         recorder.start(found)
         record = recorder.record
         return {"status": record.status, "launch": record.provenance.launches, "summary": recorder.summary()}

@@ -128,13 +128,6 @@ class RunLock:
             self._owner_path.unlink(missing_ok=True)
         self._flock.release()
 
-    def __enter__(self) -> RunLock:
-        self.acquire()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
     def _attempt(self) -> bool:
         try:
             self._flock.acquire(timeout=0)

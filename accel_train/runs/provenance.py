@@ -43,8 +43,7 @@ def git_state(root: Path = _REPOSITORY) -> tuple[str | None, bool | None]:
         root: top of the checkout; by default the directory that holds the package.
     """
     root = root.resolve()
-    found = _git(root, "rev-parse", "--show-toplevel", "HEAD")
-    lines = [] if found is None else found.splitlines()
+    lines = (_git(root, "rev-parse", "--show-toplevel", "HEAD") or "").splitlines()
     if len(lines) != 2 or Path(lines[0]).resolve() != root:
         return None, None
     changes = _git(root, "status", "--porcelain")

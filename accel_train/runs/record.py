@@ -58,22 +58,22 @@ class CriterionResult(_Part):
     """Whether the criterion holds."""
 
 
-_PASSED_MEANS: JsonDict = {
-    "if": {"properties": {"passed": {"const": True}}},
-    "then": {
-        "properties": {
-            "failure_reason": {"type": "null"},
-            "epoch": {"type": "integer"},
-            "criteria": {"minItems": 1, "items": {"properties": {"passed": {"const": True}}}},
-        }
-    },
+def _implies(name: str, value: str | bool, properties: JsonDict) -> JsonDict:
+    """Schema of a part whose field ``name`` has ``value`` only where its ``properties`` hold."""
+    return {"if": {"properties": {name: {"const": value}}}, "then": {"properties": properties}}
+
+
+_OF_A_PASS: JsonDict = {
+    "failure_reason": {"type": "null"},
+    "epoch": {"type": "integer"},
+    "criteria": {"minItems": 1, "items": {"properties": {"passed": {"const": True}}}},
 }
 
 
 class GateResult(_Part):
     """The verdict, with what it rests on."""
 
-    model_config = ConfigDict(json_schema_extra=_PASSED_MEANS)
+    model_config = ConfigDict(json_schema_extra=_implies("passed", True, _OF_A_PASS))
 
     passed: bool | None = None
     """Null: not judged yet."""
@@ -136,16 +136,10 @@ class Timing(_Part):
     """Seconds of training up to each evaluation."""
 
 
-_FAILED_MEANS: JsonDict = {
-    "if": {"properties": {"status": {"const": "failed"}}},
-    "then": {"properties": {"reason": {"type": "string"}}},
-}
-
-
 class RunRecord(_Part):
     """The record of one run, written at every epoch and on every exit."""
 
-    model_config = ConfigDict(json_schema_extra=_FAILED_MEANS)
+    model_config = ConfigDict(json_schema_extra=_implies("status", "failed", {"reason": {"type": "string"}}))
 
     schema_version: Literal[1] = SCHEMA_VERSION
     experiment_id: Annotated[str, Field(min_length=1)]

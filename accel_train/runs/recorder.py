@@ -170,11 +170,8 @@ class Recorder(Callback):
         else:
             verdict = f"gate not passed after epoch {gate.epoch}: {gate.failure_reason}"
         seconds = self.record.timing.seconds.get("total", 0.0)
-        shown = [
-            f"{scalars[name]:.4f} {self._task.headline[name]}"
-            for name in self._task.headline
-            if name in self._task.own_scalars and scalars.get(name) is not None
-        ]
+        own = {name: words for name, words in self._task.headline.items() if name in self._task.own_scalars}
+        shown = [f"{scalars[name]:.4f} {words}" for name, words in own.items() if scalars.get(name) is not None]
         return f"{'; '.join([verdict, *shown])} ({scalars.get('steps_trained', 0)} steps, {seconds:.1f} s)"
 
     def _fill(self, trainer: Trainer) -> None:
@@ -182,11 +179,9 @@ class Recorder(Callback):
         figures = [evaluation.get("metrics", {}) for evaluation in evaluations]
         losses = {name for each in figures for name in each if name.endswith("_loss")}
         names = [*self._task.curves, *sorted(losses - {*self._task.curves})]
-        record.curves = {
-            "train_loss": list(state.train_loss),
-            **{name: [each.get(name) for each in figures] for name in names},
-            "evaluation_step": [evaluation["step"] for evaluation in evaluations],
-        }
+        measured = {name: [each.get(name) for each in figures] for name in names}
+        steps = [evaluation["step"] for evaluation in evaluations]
+        record.curves = {"train_loss": list(state.train_loss), **measured, "evaluation_step": steps}
         # Also without an evaluation: those of steps that were rolled back must not stay.
         last = evaluations[-1] if evaluations else {}
         verdict = self._conclusion or last

@@ -85,10 +85,8 @@ def evaluate(run_dir: Path) -> dict[str, Any]:
     model = run.model()
     alone = Share(run.config.training.batch_size)
     device = next(model.parameters()).device
-    losses = {
-        name: mean_loss(model, DatasetWithIds(dataset), fused_cross_entropy, device, alone)
-        for name, dataset in task.validation().items()
-    }
+    datasets = {name: DatasetWithIds(dataset) for name, dataset in task.validation().items()}
+    losses = {name: mean_loss(model, each, fused_cross_entropy, device, alone) for name, each in datasets.items()}
     model.eval()
     epoch_losses = read_record(run_dir).gate.evidence.get("epoch_losses", [])
     with keep_recordings():

@@ -25,10 +25,9 @@ from texts import PIPELINE, pipeline, signalled_in_training, tiny_text
 from web import Web, fails, gives, redirects, stalls, truncates
 
 from accel_train.files.atomic import sha256_file
-from accel_train.pipeline import prerequisites
+from accel_train.pipeline import prerequisites, reports
 from accel_train.pipeline.command import main as pipeline_main
 from accel_train.pipeline.command import parse_options
-from accel_train.pipeline.reports import load_metrics_schema
 from accel_train.pipeline.run import Pipeline
 from accel_train.process.work import pass_by
 from accel_train.runs.record import record_schema as load_schema
@@ -111,7 +110,8 @@ def test_the_record_and_the_metrics_are_whole(finished: tuple[Path, Path, Shown]
     assert 100 < scalars["rss_mb"] < 400
 
     kept = json.loads((out / "training_metrics.json").read_text())
-    jsonschema.validate(kept, load_metrics_schema())
+    schema = Path(reports.__file__).with_name("training_metrics.schema.json").read_text(encoding="utf-8")
+    jsonschema.validate(kept, json.loads(schema))
     assert [row["epoch"] for row in kept["epochs"]] == [1, 2, 3]
     assert [row["train_loss"] for row in kept["epochs"]] == pytest.approx(found["gate"]["evidence"]["epoch_losses"])
     assert [row["val_loss"] for row in kept["epochs"]] == found["curves"]["val_loss"]

@@ -59,8 +59,10 @@ def test_status_is_printed_and_is_the_exit_code(results, capsys, name, status, c
 
 
 def test_status_of_a_live_run(results, capsys):
-    with RunLock(results / "cut", timeout=0):
-        assert main(["runs", str(results), "--status", "cut", "--json"]) == 3
+    lock = RunLock(results / "cut", timeout=0)
+    lock.acquire()
+    assert main(["runs", str(results), "--status", "cut", "--json"]) == 3
+    lock.release()
     assert json.loads(capsys.readouterr().out) == {"id": "cut", "status": "live"}
 
 

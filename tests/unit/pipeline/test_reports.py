@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
-from accel_train.pipeline.reports import (
-    advice,
-    load_metrics_schema,
-    training_metrics,
-    validation_report,
-    verdict_lines,
-)
+from accel_train.pipeline import reports
+from accel_train.pipeline.reports import advice, training_metrics, validation_report, verdict_lines
 from accel_train.tasks.text.config import GateConfig
 from accel_train.tasks.text.task import TextTask
+
+SCHEMA = json.loads(Path(reports.__file__).with_name("training_metrics.schema.json").read_text(encoding="utf-8"))
 
 
 def record(steps: int, per_epoch: int, evaluated: list[int]) -> dict[str, Any]:
@@ -56,7 +54,7 @@ def test_every_epoch_has_its_losses_and_its_last_evaluation(
     steps: int, per_epoch: int, evaluated: list[int], rows: list[tuple[Any, ...]]
 ) -> None:
     found = training_metrics(record(steps, per_epoch, evaluated), Path("run"))
-    jsonschema.validate(found, load_metrics_schema())
+    jsonschema.validate(found, SCHEMA)
     names = ("epoch", "steps", "train_loss", "val_loss", "training_seconds")
     assert [tuple(row[name] for name in names) for row in found["epochs"]] == rows
     assert [each["epoch"] for each in found["evaluations"]] == [step / per_epoch for step in evaluated]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 import pytest
@@ -88,8 +89,17 @@ def plant(run_dir, owner: Owner) -> None:
     (run_dir / OWNER_FILE).write_text(json.dumps(asdict(owner)))
 
 
+@contextmanager
+def held(lock: RunLock):
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def test_lock_names_its_holder_and_leaves_nothing_behind(tmp_path):
-    with RunLock(tmp_path, timeout=0):
+    with held(RunLock(tmp_path, timeout=0)):
         owner = read_owner(tmp_path)
         assert (owner.host, owner.pid) == (socket.gethostname(), os.getpid())
 
@@ -100,7 +110,7 @@ def test_lock_names_its_holder_and_leaves_nothing_behind(tmp_path):
 def test_lock_can_be_taken_again_after_release(tmp_path):
     lock = RunLock(tmp_path, timeout=0)
     for _ in range(2):
-        with lock:
+        with held(lock):
             assert live_runs([tmp_path])
 
 
@@ -128,7 +138,7 @@ def test_waiter_gets_the_lock_when_the_holder_lets_go(tmp_path, holder):
         lines.append(f"{phase}: {line}")
         holder.let_go()
 
-    with RunLock(tmp_path, 60, WorkContext(say=say)):
+    with held(RunLock(tmp_path, 60, WorkContext(say=say))):
         assert read_owner(tmp_path).pid == os.getpid()
     assert len(lines) == 1
     assert lines[0].startswith(f"lock: waiting for process {holder.process.pid} on host ")
@@ -139,7 +149,7 @@ def test_lock_of_a_killed_process_is_taken_over_at_once(tmp_path, holder):
     holder.process.wait()
     assert read_owner(tmp_path).pid == holder.process.pid
 
-    with RunLock(tmp_path, timeout=0):
+    with held(RunLock(tmp_path, timeout=0)):
         assert read_owner(tmp_path).pid == os.getpid()
 
 
@@ -161,7 +171,7 @@ def test_children_of_a_killed_holder_are_waited_for(tmp_path):
             RunLock(tmp_path, timeout=0.2).acquire()
         assert not live_runs([tmp_path])
 
-        with RunLock(tmp_path, 60, WorkContext(say=lambda *_: os.kill(child, signal.SIGKILL))):
+        with held(RunLock(tmp_path, 60, WorkContext(say=lambda *_: os.kill(child, signal.SIGKILL)))):
             assert read_owner(tmp_path).pid == os.getpid()
     finally:
         holder.reap()
@@ -169,7 +179,7 @@ def test_children_of_a_killed_holder_are_waited_for(tmp_path):
 
 @pytest.mark.parametrize("changes", [{"process_start": "1"}, {"boot_id": "an earlier boot"}, {"pid": 2**22 + 1}])
 def test_recycled_pid_and_restarted_host_count_as_dead(tmp_path, changes):
-    with RunLock(tmp_path, timeout=0):
+    with held(RunLock(tmp_path, timeout=0)):
         ours = read_owner(tmp_path)
     plant(tmp_path, replace(ours, **changes))
 
@@ -180,7 +190,7 @@ def test_recycled_pid_and_restarted_host_count_as_dead(tmp_path, changes):
 def test_live_local_process_keeps_the_lock_without_flock(tmp_path, monkeypatch):
     """However long its counter stands still, as that of a stopped process does."""
     monkeypatch.setattr(lock_module, "STALE_SECONDS", 0.1)
-    with RunLock(tmp_path, timeout=0):
+    with held(RunLock(tmp_path, timeout=0)):
         ours = read_owner(tmp_path)
     plant(tmp_path, ours)  # a live owner, and a free flock
 
@@ -193,7 +203,7 @@ def test_lock_of_another_host_ends_when_its_counter_stands_still(tmp_path, monke
     plant(tmp_path, of_another_host())
 
     started = time.monotonic()
-    with RunLock(tmp_path, timeout=60):
+    with held(RunLock(tmp_path, timeout=60)):
         assert read_owner(tmp_path).pid == os.getpid()
     assert time.monotonic() - started >= 0.4
 
@@ -224,7 +234,7 @@ def test_wall_clocks_are_not_compared(tmp_path):
 
 def test_heartbeat_moves_the_counter(tmp_path, monkeypatch):
     monkeypatch.setattr(lock_module, "HEARTBEAT_SECONDS", 0.01)
-    with RunLock(tmp_path, timeout=0):
+    with held(RunLock(tmp_path, timeout=0)):
         deadline = time.monotonic() + 30
         while read_owner(tmp_path).heartbeat < 3:
             assert time.monotonic() < deadline
@@ -263,7 +273,7 @@ def test_second_host_cannot_claim_what_the_first_has_claimed(tmp_path, monkeypat
 
 def test_takeover_of_the_dead_spares_a_faster_host(tmp_path, monkeypatch):
     """Between the look at the dead owner and the removal of its file, another host has taken over."""
-    with RunLock(tmp_path, timeout=0):
+    with held(RunLock(tmp_path, timeout=0)):
         ours = read_owner(tmp_path)
     plant(tmp_path, replace(ours, process_start="1"))
 
@@ -284,7 +294,7 @@ def test_lock_needs_no_hard_links(tmp_path, monkeypatch):
         raise PermissionError("as on FAT")
 
     monkeypatch.setattr(lock_module.os, "link", refuse)
-    with RunLock(tmp_path, timeout=0):
+    with held(RunLock(tmp_path, timeout=0)):
         assert read_owner(tmp_path).pid == os.getpid()
         with pytest.raises(RunLocked):
             RunLock(tmp_path, timeout=0).acquire()
@@ -293,7 +303,7 @@ def test_lock_needs_no_hard_links(tmp_path, monkeypatch):
 def test_fifo_in_the_place_of_the_owner_file_hangs_nobody(tmp_path):
     os.mkfifo(tmp_path / OWNER_FILE)
     assert not live_runs([tmp_path])
-    with RunLock(tmp_path, timeout=0):
+    with held(RunLock(tmp_path, timeout=0)):
         assert read_owner(tmp_path).pid == os.getpid()
 
 
@@ -302,7 +312,7 @@ def test_damaged_owner_file_is_replaced(tmp_path, content):
     (tmp_path / OWNER_FILE).write_text(content)
     (tmp_path / f"{OWNER_FILE}.leaving").write_text("")
 
-    with RunLock(tmp_path, timeout=0):
+    with held(RunLock(tmp_path, timeout=0)):
         assert read_owner(tmp_path).pid == os.getpid()
         assert not (tmp_path / f"{OWNER_FILE}.leaving").exists()
 
@@ -321,7 +331,7 @@ def test_threads_of_one_process_exclude_each_other(tmp_path):
         except RunLocked as error:
             refused.append(error)
 
-    with RunLock(tmp_path, timeout=0):
+    with held(RunLock(tmp_path, timeout=0)):
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
@@ -334,7 +344,7 @@ def test_executed_children_do_not_inherit_the_lock(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
     try:
         lock.release()
-        with RunLock(tmp_path, timeout=0):
+        with held(RunLock(tmp_path, timeout=0)):
             assert child.poll() is None
     finally:
         child.communicate(b"\n")
