@@ -134,16 +134,6 @@ class _Judge:
             passed[i] += np.count_nonzero(arrived == rule.target_block)
 
 
-def scorable_rules(rules: Sequence[Rule], context_length: int) -> tuple[tuple[Rule, ...], tuple[Rule, ...]]:
-    """The rules whose jump can be seen inside a context, and those whose jump cannot.
-
-    A jump is visible iff ``jump_length <= context_length``: when the token at the deadline is
-    predicted, the jumper is then still among the last ``context_length`` tokens.
-    """
-    visible = tuple(rule for rule in rules if rule.jump_length <= context_length)
-    return visible, tuple(rule for rule in rules if rule.jump_length > context_length)
-
-
 def wilson_interval(passed: int, checks: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's score interval of a proportion (95 % with the default z); (0, 1) without checks.
 
