@@ -220,9 +220,8 @@ class TextTask(Task):
                 ("repetition", "<", gate.repetition_threshold),
                 ("latency_p95_ms", "<=", gate.latency_p95_ms_threshold),
                 ("rss_mb", "<=", gate.rss_mb_threshold),
+                ("language", ">=", gate.language_threshold if bilingual else None),
             ]
-            if bilingual:
-                asked.append(("language", ">=", gate.language_threshold))
         return [Criterion(metric, op, float(threshold)) for metric, op, threshold in asked if threshold is not None]
 
     def evaluate(self, model: nn.Module, losses: Mapping[str, float], work: WorkContext) -> Evaluation:
@@ -322,10 +321,8 @@ class TextTask(Task):
         losses = {step: loss for step, loss in found.items() if loss is not None}
         if not losses:
             return {}
-        reached = next((step for step, loss in losses.items() if loss < _NAMED_LOSS), None)
-        took = next(
-            (mark["training_seconds"] for mark in seconds if reached is not None and mark["step"] >= reached), None
-        )
+        reached = next((step for step, loss in losses.items() if loss < _NAMED_LOSS), math.inf)
+        took = next((mark["training_seconds"] for mark in seconds if mark["step"] >= reached), None)
         return {"best_val_loss": min(losses.values()), f"seconds_to_val_loss_{_NAMED_LOSS}": took}
 
     def draw(self, axes: Axes, record: Mapping[str, Any]) -> None:
