@@ -100,13 +100,9 @@ class TextConfig:
     @property
     def held_out_fraction(self) -> float:
         """``val_fraction`` with its default resolved."""
-        if self.val_fraction is not None:
-            return self.val_fraction
-        return 0.05 if self.tokenizer == "char" else 0.1
+        return self.val_fraction or (0.05 if self.tokenizer == "char" else 0.1)
 
     @property
     def split_by(self) -> Literal["tail", "blocks"]:
         """``split`` with its default resolved."""
-        if self.split is not None:
-            return self.split
-        return "tail" if self.tokenizer == "char" else "blocks"
+        return self.split or ("tail" if self.tokenizer == "char" else "blocks")

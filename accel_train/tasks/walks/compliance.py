@@ -74,8 +74,7 @@ def score(walks: NDArray[np.integer], graph: Graph, rules: Sequence[Rule], *, st
     num, length = walks.shape
     judge = _Judge(graph, rules, start)
     edge_passed = 0
-    checks = np.zeros(len(rules), dtype=np.int64)
-    passed = np.zeros(len(rules), dtype=np.int64)
+    checks, passed = np.zeros((2, len(rules)), dtype=np.int64)
     digests: set[bytes] = set()
     rows = max(1, CHUNK_TOKENS // max(1, length))
     for begin in range(0, num, rows):
