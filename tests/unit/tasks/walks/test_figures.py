@@ -6,12 +6,12 @@ import math
 from typing import Any
 
 import pytest
+from configs import experiment_config
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from accel_train.config.fields import to_dict
 from accel_train.config.sections import TrainingConfig
-from accel_train.tasks.registry import experiment_config
 from accel_train.tasks.walks.task import WalksTask
 
 TASK = WalksTask(experiment_config())
