@@ -7,13 +7,12 @@ criterion, and so does a gate whose evidence is too thin: nothing passes by defa
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Op = Literal[">", ">=", "<", "<="]
 
-_OPERATORS: dict[str, Callable[[float, float], bool]]
 _OPERATORS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 
 
@@ -27,7 +26,7 @@ class Criterion:
 
     def holds(self, value: float | None) -> bool:
         """Whether ``value`` satisfies the criterion; an unmeasured value (None) or NaN does not."""
-        return value is not None and _OPERATORS[self.op](value, self.threshold)
+        return value is not None and bool(_OPERATORS[self.op](value, self.threshold))
 
 
 @dataclass(frozen=True)

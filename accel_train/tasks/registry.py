@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
 
 from accel_train.config.fields import import_by_path
 from accel_train.config.sections import ExperimentConfig, experiment_class
@@ -30,11 +29,6 @@ def config_class(task: str) -> type[ExperimentConfig]:
         return experiment_class(task, import_by_path("task", BUILT_IN[task][0]))
     found = task_class(task)
     return experiment_class(found.name, found.Config)
-
-
-def experiment_config(**values: Any) -> ExperimentConfig:
-    """Return a configuration of the task that ``values`` name, from sections as objects."""
-    return config_class(values.get("task", ExperimentConfig.task))(**values)
 
 
 def build_task(config: ExperimentConfig) -> Task:

@@ -10,9 +10,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from configs import experiment_config
 
 from accel_train.runs.record import new_record, write_record
-from accel_train.tasks.registry import experiment_config
 from accel_train.tasks.walks.task import WalksTask
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,43 +8,33 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Lt
 
-from accel_train.config.fields import (
-    Count,
-    CountOrZero,
-    Fraction,
-    NotNegative,
-    Positive,
-    PositiveFraction,
-    check,
-    neutral,
-    section,
-)
+from accel_train.config import fields
 from accel_train.config.sections import ExperimentConfig, check_path
 
 
-@section("text.gate")
+@fields.section("text.gate")
 class GateConfig:
     """What the finished model is asked; null in a threshold: the figure is reported only."""
 
     stop_on_pass: bool = False
     """End training when the validation loss and the overfit gap pass."""
-    val_loss_threshold: NotNegative | None = 5.0
+    val_loss_threshold: fields.NotNegative | None = 5.0
     """Validation loss (nats per token) must be below this."""
-    overfit_gap_threshold: NotNegative | None = 0.5
+    overfit_gap_threshold: fields.NotNegative | None = 0.5
     """Validation loss less training loss, both measured on the final model, must be below this."""
-    repetition_threshold: NotNegative | None = 0.5
+    repetition_threshold: fields.NotNegative | None = 0.5
     """No sample may repeat its own runs of four tokens more often than this."""
-    language_threshold: Fraction | None = 0.7
+    language_threshold: fields.Fraction | None = 0.7
     """Share of samples that go on in the language of their prompt; judged when the corpus holds English and Spanish."""
-    loss_rises_threshold: CountOrZero | None = 0
+    loss_rises_threshold: fields.CountOrZero | None = 0
     """The mean training loss may rise from one epoch to the next this many times."""
-    latency_p95_ms_threshold: NotNegative | None = 250.0
+    latency_p95_ms_threshold: fields.NotNegative | None = 250.0
     """The 95th percentile of the milliseconds that a token takes must not exceed this."""
-    rss_mb_threshold: NotNegative | None = 400.0
+    rss_mb_threshold: fields.NotNegative | None = 400.0
     """Megabytes that a process may need that only loads the model and generates."""
 
 
-@section("text")
+@fields.section("text")
 class TextConfig:
     """The text corpus, its tokenizer, and how the model is tried on it."""
 
@@ -52,9 +42,9 @@ class TextConfig:
     """Path of a text file or a directory of *.txt files, http(s) URL, or `builtin` (a generated bilingual corpus)."""
     corpus_sha256: str | None = None
     """SHA-256 (hex) that the corpus must have; null: not checked."""
-    corpus_bytes: Count | None = None
+    corpus_bytes: fields.Count | None = None
     """Size that a downloaded corpus must have; null: not checked."""
-    builtin_bytes: Count = 500_000
+    builtin_bytes: fields.Count = 500_000
     """Size of the built-in corpus."""
     strip_gutenberg: bool = False
     """Leave out what Project Gutenberg puts before and after its books."""
@@ -66,37 +56,37 @@ class TextConfig:
     """Part held out for validation; null: 0.05 for characters, 0.1 for subwords."""
     split: Literal["tail", "blocks"] | None = None
     """How the held-out part is cut; null: tail for characters, blocks for subwords."""
-    stride: Count | None = None
+    stride: fields.Count | None = None
     """Tokens from one training window to the next; null: model.max_seq_len, so that windows do not overlap."""
-    val_batches: Count | None = None
+    val_batches: fields.Count | None = None
     """Validate on this many batches, spread evenly; null: on the whole held-out part."""
     prompt: str = "The"
     """Prompt of the sample that every evaluation writes."""
-    sample_tokens: Count = 100
+    sample_tokens: fields.Count = 100
     """Length of the sample."""
-    temperature: NotNegative = 1.0
+    temperature: fields.NotNegative = 1.0
     """Temperature of the sample; 0 takes the most likely token."""
-    top_k: Count | None = None
+    top_k: fields.Count | None = None
     """Sample from the `top_k` most likely tokens; null: from all."""
-    top_p: PositiveFraction | None = None
+    top_p: fields.PositiveFraction | None = None
     """Sample from the fewest tokens whose probabilities add up to `top_p`; null: from all."""
-    download_timeout: Positive = neutral(default=30.0)
+    download_timeout: fields.Positive = fields.neutral(default=30.0)
     """Seconds that a server may be silent."""
-    download_attempts: Count = neutral(default=5)
+    download_attempts: fields.Count = fields.neutral(default=5)
     """Connections tried before a download is given up."""
     gate: GateConfig = field(default_factory=GateConfig)
     """The gate."""
 
     def __post_init__(self) -> None:
-        check(bool(self.corpus.strip()), "text.corpus", self.corpus, "must name a file, a URL, or 'builtin'")
+        fields.check(bool(self.corpus.strip()), "text.corpus", self.corpus, "must name a file, a URL, or 'builtin'")
         digest = self.corpus_sha256
         plain = digest is None or re.fullmatch(r"[0-9a-fA-F]{64}", digest) is not None
-        check(plain, "text.corpus_sha256", digest, "must be 64 hexadecimal digits")
+        fields.check(plain, "text.corpus_sha256", digest, "must be 64 hexadecimal digits")
         if self.tokenizer != "char":
             # Special tokens and the 256 bytes come first.
-            check(self.vocab_size > 260, "text.vocab_size", self.vocab_size, "must be more than 260 (all bytes)")
-            check(self.vocab_size <= 2**20, "text.vocab_size", self.vocab_size, "must be at most 1048576")
-        check(bool(self.prompt), "text.prompt", self.prompt, "must not be empty")
+            fields.check(self.vocab_size > 260, "text.vocab_size", self.vocab_size, "must be more than 260 (all bytes)")
+            fields.check(self.vocab_size <= 2**20, "text.vocab_size", self.vocab_size, "must be at most 1048576")
+        fields.check(bool(self.prompt), "text.prompt", self.prompt, "must not be empty")
 
     def check(self, _config: ExperimentConfig) -> None:
         """Refuse a corpus whose name no record could hold."""
@@ -110,13 +100,9 @@ class TextConfig:
     @property
     def held_out_fraction(self) -> float:
         """``val_fraction`` with its default resolved."""
-        if self.val_fraction is not None:
-            return self.val_fraction
-        return 0.05 if self.tokenizer == "char" else 0.1
+        return self.val_fraction or (0.05 if self.tokenizer == "char" else 0.1)
 
     @property
     def split_by(self) -> Literal["tail", "blocks"]:
         """``split`` with its default resolved."""
-        if self.split is not None:
-            return self.split
-        return "tail" if self.tokenizer == "char" else "blocks"
+        return self.split or ("tail" if self.tokenizer == "char" else "blocks")

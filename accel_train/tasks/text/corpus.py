@@ -24,7 +24,6 @@ PIECE_CHARACTERS = 1 << 16
 
 _LONGEST_LINE = 1 << 20
 
-_BOM = codecs.BOM_UTF8
 _START, _END = re.compile(r"\*\*\* ?START OF (THE|THIS) PROJECT"), re.compile(r"\*\*\* ?END OF (THE|THIS) PROJECT")
 _PLACE_TO_CUT = re.compile(r"(?=[ \n]\S)")
 """In front of the last space or newline before a word: what is left of the white space is one token either way."""
@@ -162,7 +161,7 @@ def _mark_length(path: Path, block: bytes) -> int:
     if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         rule = "is UTF-16, not UTF-8 (byte order mark at byte 0); convert it: iconv -f UTF-16 -t UTF-8"
         raise UnusableCorpus(path, rule, is_content=True)
-    return len(_BOM) if block.startswith(_BOM) else 0
+    return len(codecs.BOM_UTF8) if block.startswith(codecs.BOM_UTF8) else 0
 
 
 def _decode(path: Path, data: bytes, offset: int, *, final: bool) -> tuple[str, int]:

@@ -23,7 +23,7 @@ from accel_train.files.atomic import naming, sha256_file
 from accel_train.process.work import StopCheck, WorkContext, abandonable, never
 
 _BLOCK_BYTES = 1 << 18
-_RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
+_RETRIED = frozenset({408, 416, 425, 429, 500, 502, 503, 504})
 
 
 def is_url(place: str) -> bool:
@@ -113,10 +113,9 @@ class _Transfer:
         except urllib.error.HTTPError as error:
             error.close()
             reason = f"the server answers {error.code} {str(error.reason).splitlines()[0]}"
-            if error.code in _RETRIED:
-                return reason
             if error.code == 416:  # the file has changed under us
                 self.done = 0
+            if error.code in _RETRIED:
                 return reason
             what = "redirects in a circle" if 300 <= error.code < 400 else f"cannot be had: {reason}"
             raise DownloadError(self.url, f"{what}; check the address (text.corpus)") from error

@@ -194,10 +194,8 @@ class Preparation:
 
     def _write_builtin(self, path: Path, work: WorkContext) -> None:
         size = self._text.builtin_bytes
-        with (
-            path.open("w", encoding="utf-8", newline="\n") as file,
-            Meter("corpus: text made", size, work.saying("corpus")) as meter,
-        ):
+        meter = Meter("corpus: text made", size, work.saying("corpus"))
+        with path.open("w", encoding="utf-8", newline="\n") as file, meter:
             for piece in builtin_text(size, _BUILTIN_SEED):
                 work.check()
                 file.write(piece)
@@ -219,18 +217,16 @@ class Preparation:
             )
 
     def _checked(self, place: str | Path, work: WorkContext) -> Corpus:
-        text = self._text
+        named, strip = self._text.corpus, self._text.strip_gutenberg
         try:
             paths = find_files(str(place))
             size = sum(path.stat().st_size for path in paths)
             with Meter("corpus: text checked", size, work.saying("corpus")) as meter:
-                return check_corpus(
-                    paths, strip_gutenberg=text.strip_gutenberg, should_stop=work.should_stop, progress=meter
-                )
+                return check_corpus(paths, strip_gutenberg=strip, should_stop=work.should_stop, progress=meter)
         except UnusableCorpus as error:
-            named = error.path.name == _CORPUS_FILE or str(error.path) == text.corpus
-            rule = error.rule if named else f"{error.path} {error.rule}"
-            raise ConfigError("text.corpus", text.corpus, rule) from error
+            is_named = error.path.name == _CORPUS_FILE or str(error.path) == named
+            rule = error.rule if is_named else f"{error.path} {error.rule}"
+            raise ConfigError("text.corpus", named, rule) from error
 
     def _cached(
         self, name: str, shared: Path, key: str, build: Callable[[Path], None], work: WorkContext

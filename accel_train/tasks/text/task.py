@@ -190,9 +190,8 @@ class TextTask(Task):
 
     def _counting_loss(self) -> float:
         """Cross-entropy on the held-out windows of the token frequencies of (some) training windows."""
-        seen = np.ones(self.vocab_size)
         _, targets = self._train.__getitems__(spread(len(self._train), 4096))
-        seen += np.bincount(targets.numpy().ravel(), minlength=self.vocab_size)
+        seen = 1.0 + np.bincount(targets.numpy().ravel(), minlength=self.vocab_size)
         held_out = self._held_out()
         _, targets = self._val.__getitems__(held_out[spread(len(held_out), 1024)])
         return float(-np.log(seen / seen.sum())[targets.numpy().ravel()].mean())
@@ -220,9 +219,8 @@ class TextTask(Task):
                 ("repetition", "<", gate.repetition_threshold),
                 ("latency_p95_ms", "<=", gate.latency_p95_ms_threshold),
                 ("rss_mb", "<=", gate.rss_mb_threshold),
+                ("language", ">=", gate.language_threshold if bilingual else None),
             ]
-            if bilingual:
-                asked.append(("language", ">=", gate.language_threshold))
         return [Criterion(metric, op, float(threshold)) for metric, op, threshold in asked if threshold is not None]
 
     def evaluate(self, model: nn.Module, losses: Mapping[str, float], work: WorkContext) -> Evaluation:
@@ -277,26 +275,27 @@ class TextTask(Task):
         rows = self._continue(trained.model, prompts, _CONTINUATION_TOKENS, _JUDGED, work.should_stop)
         continuations = rows[:, prompts.shape[1] :].tolist()
         texts = [self.tokenizer.decode(each) for each in continuations]
+        spoken = [language_of(text) for text in texts]
         begun = [self.tokenizer.decode(each) for each in prompts.tolist()]
         # Twelve characters are about as much as four subwords.
         run = 12 if self._text.tokenizer == "char" else 4
         metrics: dict[str, float | None] = dict(trained.evaluation.get("metrics", {}))
         if len(trained.epoch_losses) > 1:
             metrics["loss_rises"] = float(sum(b > a for a, b in itertools.pairwise(trained.epoch_losses)))
-        metrics["repetition"] = max(repetition(each, run) for each in continuations)
+        repetitions = [repetition(each, run) for each in continuations]
+        metrics["repetition"] = max(repetitions)
         evidence: dict[str, Any] = {
             "weights_sha256": sha256_file(trained.checkpoint / "model.safetensors"),
-            "repetitions": [repetition(each, run) for each in continuations],
+            "repetitions": repetitions,
             "epoch_losses": trained.epoch_losses,
             "languages": sorted(LANGUAGES) if bilingual else [],
             "samples": [
-                {"language": language, "prompt": prompt, "continuation": text, "found": language_of(text)}
-                for language, prompt, text in zip(languages, begun, texts, strict=True)
+                {"language": language, "prompt": prompt, "continuation": text, "found": found}
+                for language, prompt, text, found in zip(languages, begun, texts, spoken, strict=True)
             ],
         }
         if bilingual:
-            same = [language_of(text) == language for text, language in zip(texts, languages, strict=True)]
-            metrics["language"] = sum(same) / len(texts)
+            metrics["language"] = sum(a == b for a, b in zip(spoken, languages, strict=True)) / len(texts)
         reasons = []
         try:
             cost = measure_apart(trained.checkpoint, work.should_stop)
@@ -322,10 +321,8 @@ class TextTask(Task):
         losses = {step: loss for step, loss in found.items() if loss is not None}
         if not losses:
             return {}
-        reached = next((step for step, loss in losses.items() if loss < _NAMED_LOSS), None)
-        took = next(
-            (mark["training_seconds"] for mark in seconds if reached is not None and mark["step"] >= reached), None
-        )
+        reached = next((step for step, loss in losses.items() if loss < _NAMED_LOSS), math.inf)
+        took = next((mark["training_seconds"] for mark in seconds if mark["step"] >= reached), None)
         return {"best_val_loss": min(losses.values()), f"seconds_to_val_loss_{_NAMED_LOSS}": took}
 
     def draw(self, axes: Axes, record: Mapping[str, Any]) -> None:

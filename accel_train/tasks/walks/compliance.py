@@ -74,8 +74,7 @@ def score(walks: NDArray[np.integer], graph: Graph, rules: Sequence[Rule], *, st
     num, length = walks.shape
     judge = _Judge(graph, rules, start)
     edge_passed = 0
-    checks = np.zeros(len(rules), dtype=np.int64)
-    passed = np.zeros(len(rules), dtype=np.int64)
+    checks, passed = np.zeros((2, len(rules)), dtype=np.int64)
     digests: set[bytes] = set()
     rows = max(1, CHUNK_TOKENS // max(1, length))
     for begin in range(0, num, rows):
@@ -132,16 +131,6 @@ class _Judge:
             arrived = self.block[vertices[walk[mine][due], deadline[due]]]
             checks[i] += arrived.size
             passed[i] += np.count_nonzero(arrived == rule.target_block)
-
-
-def scorable_rules(rules: Sequence[Rule], context_length: int) -> tuple[tuple[Rule, ...], tuple[Rule, ...]]:
-    """The rules whose jump can be seen inside a context, and those whose jump cannot.
-
-    A jump is visible iff ``jump_length <= context_length``: when the token at the deadline is
-    predicted, the jumper is then still among the last ``context_length`` tokens.
-    """
-    visible = tuple(rule for rule in rules if rule.jump_length <= context_length)
-    return visible, tuple(rule for rule in rules if rule.jump_length > context_length)
 
 
 def wilson_interval(passed: int, checks: int, z: float = 1.96) -> tuple[float, float]:

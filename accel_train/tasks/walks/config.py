@@ -7,20 +7,11 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
-from accel_train.config.fields import (
-    Count,
-    CountOrZero,
-    Fraction,
-    NotNegative,
-    Positive,
-    PositiveFraction,
-    check,
-    section,
-)
+from accel_train.config import fields
 from accel_train.config.sections import ExperimentConfig
 
 
-@section("walks.graph")
+@fields.section("walks.graph")
 class GraphConfig:
     """Directed degree-corrected stochastic block model (Karrer and Newman 2011)."""
 
@@ -28,38 +19,39 @@ class GraphConfig:
     """Number of vertices; a multiple of K."""
     K: int = 4
     """Number of equal blocks."""
-    p_in: PositiveFraction = 0.25
+    p_in: fields.PositiveFraction = 0.25
     """Mean probability of an edge inside a block."""
-    p_out: PositiveFraction = 0.03
+    p_out: fields.PositiveFraction = 0.03
     """Mean probability of an edge between blocks."""
-    degree_exponent: NotNegative = 1.0
+    degree_exponent: fields.NotNegative = 1.0
     """Exponent of the Zipf law of the expected degrees inside a block; 0 gives equal degrees."""
-    max_attempts: Count = 20
+    max_attempts: fields.Count = 20
     """Seeds tried for a strongly connected graph before giving up."""
 
     def __post_init__(self) -> None:
-        check(self.K >= 2, "walks.graph.K", self.K, "must be at least 2 (a rule needs another block)")
-        check(self.n >= 2 * self.K, "walks.graph.n", self.n, f"must be at least 2 * walks.graph.K = {2 * self.K}")
+        fields.check(self.K >= 2, "walks.graph.K", self.K, "must be at least 2 (a rule needs another block)")
+        least = 2 * self.K
+        fields.check(self.n >= least, "walks.graph.n", self.n, f"must be at least 2 * walks.graph.K = {least}")
         rule = f"is not divisible by walks.graph.K = {self.K}; choose a multiple"
-        check(self.n % self.K == 0, "walks.graph.n", self.n, rule)
-        check(self.n <= 65_535, "walks.graph.n", self.n, "must be at most 65535 (walks are stored as uint16)")
+        fields.check(self.n % self.K == 0, "walks.graph.n", self.n, rule)
+        fields.check(self.n <= 65_535, "walks.graph.n", self.n, "must be at most 65535 (walks are stored as uint16)")
 
 
-@section("walks.rules")
+@fields.section("walks.rules")
 class RulesConfig:
     """Jumper rules: a walk at a jumper must be in the rule's target block ``jump_length`` steps later."""
 
-    jumpers_per_block: Count = 2
+    jumpers_per_block: fields.Count = 2
     """Jumper vertices in every block; each carries one rule."""
-    jump_lengths: tuple[Count, ...] | None = None
+    jump_lengths: tuple[fields.Count, ...] | None = None
     """Jump lengths in steps, dealt to the rules in turn; replaces jump_scales when set."""
-    jump_scales: tuple[Positive, ...] = (0.25, 0.5, 0.7, 0.9)
+    jump_scales: tuple[fields.Positive, ...] = (0.25, 0.5, 0.7, 0.9)
     """Jump lengths as fractions of the context length, rounded to whole steps."""
 
     def __post_init__(self) -> None:
         lengths, scales = self.jump_lengths, self.jump_scales
-        check(lengths is None or len(lengths) > 0, "walks.rules.jump_lengths", lengths, "must name at least one length")
-        check(len(scales) > 0, "walks.rules.jump_scales", scales, "must name at least one fraction")
+        fields.check(lengths != (), "walks.rules.jump_lengths", lengths, "must name at least one length")
+        fields.check(scales != (), "walks.rules.jump_scales", scales, "must name at least one fraction")
 
     @property
     def source(self) -> str:
@@ -73,23 +65,23 @@ class RulesConfig:
         return tuple(max(1, round(scale * context_length)) for scale in self.jump_scales)
 
 
-@section("walks.gate")
+@fields.section("walks.gate")
 class GateConfig:
     """The sufficiency gate: generate, score against ground truth, stop when the model behaves."""
 
-    num_sequences: Count = 1000
+    num_sequences: fields.Count = 1000
     """Held-out sequences that the model continues."""
-    prompt_length: Count = 8
+    prompt_length: fields.Count = 8
     """Tokens of each held-out sequence given as the prompt."""
-    edge_threshold: Fraction = 0.95
+    edge_threshold: fields.Fraction = 0.95
     """Greedy edge compliance must exceed this."""
-    rule_threshold: Fraction = 0.80
+    rule_threshold: fields.Fraction = 0.80
     """Greedy rule compliance must exceed this."""
-    sampled_rule_threshold: Fraction | None = None
+    sampled_rule_threshold: fields.Fraction | None = None
     """Rule compliance under sampling at temperature 1 must exceed this; null: reported only."""
-    rule_lift_threshold: Fraction | None = None
+    rule_lift_threshold: fields.Fraction | None = None
     """Greedy rule compliance must exceed a rule-blind walk's by more than this; null: reported only."""
-    min_rule_checks: CountOrZero = 100
+    min_rule_checks: fields.CountOrZero = 100
     """Fewer rule checks than this fail the gate as thin evidence."""
     stop_on_pass: bool = True
     """End training when the gate passes."""
@@ -97,11 +89,11 @@ class GateConfig:
     """What to do with rules whose jump is longer than the context."""
 
 
-@section("walks")
+@fields.section("walks")
 class WalksConfig:
     """Random walks on a block-model graph in which every rule is obeyed."""
 
-    num_walks: Count = 20_000
+    num_walks: fields.Count = 20_000
     """Walks in the training corpus."""
     walk_length: Annotated[int, Ge(2), Le(2**31)] = 256
     """Vertices in a walk; more than model.max_seq_len."""
@@ -128,18 +120,18 @@ class WalksConfig:
         block = graph.n // graph.K
         rule = f"exceeds the {block} vertices of a block (walks.graph.n / walks.graph.K)"
         jumpers = rules.jumpers_per_block
-        check(jumpers <= block, "walks.rules.jumpers_per_block", jumpers, rule)
+        fields.check(jumpers <= block, "walks.rules.jumpers_per_block", jumpers, rule)
         rule = f"is shorter than model.max_seq_len + 1 = {context + 1}; use longer walks or a shorter context"
-        check(self.walk_length > context, "walks.walk_length", self.walk_length, rule)
+        fields.check(self.walk_length > context, "walks.walk_length", self.walk_length, rule)
         chunks = self.num_walks * (self.walk_length // (context + 1))
         rule = f"gives {chunks} training samples, fewer than training.batch_size = {batch}"
         cure = "use more walks or a smaller batch"
-        check(chunks >= batch, "walks.num_walks", self.num_walks, f"{rule}; {cure}")
+        fields.check(chunks >= batch, "walks.num_walks", self.num_walks, f"{rule}; {cure}")
         rule = f"leaves nothing to generate inside model.max_seq_len = {context}; use a shorter prompt"
-        check(gate.prompt_length <= context, "walks.gate.prompt_length", gate.prompt_length, rule)
+        fields.check(gate.prompt_length <= context, "walks.gate.prompt_length", gate.prompt_length, rule)
         rule = (
             f"is a jump longer than the context (model.max_seq_len = {context}), which walks.gate.unscorable_rules = "
             "'error' forbids; shorten the jump or lengthen the context"
         )
         for length in rules.lengths(context) if gate.unscorable_rules == "error" else ():
-            check(length <= context, rules.source, length, rule)
+            fields.check(length <= context, rules.source, length, rule)

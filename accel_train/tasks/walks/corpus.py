@@ -19,7 +19,6 @@ from accel_train.files.atomic import sha256_json
 from accel_train.files.shared import cached
 from accel_train.process.console import Meter
 from accel_train.process.work import WorkContext
-from accel_train.tasks.walks.compliance import scorable_rules
 from accel_train.tasks.walks.config import WalksConfig
 from accel_train.tasks.walks.generator import generate_walks
 from accel_train.tasks.walks.graph import Graph, Rule, designate_rules, generate_graph
@@ -71,8 +70,12 @@ class WalkCorpus:
 
     @property
     def scored_rules(self) -> tuple[Rule, ...]:
-        """The rules whose jump is visible inside the context."""
-        return scorable_rules(self.rules, self._context)[0]
+        """The rules whose jump can be seen inside the context.
+
+        A jump is visible iff it is no longer than the context: when the token at the deadline is predicted, the
+        jumper is then still among the tokens that the model sees.
+        """
+        return tuple(rule for rule in self.rules if rule.jump_length <= self._context)
 
     @property
     def key(self) -> str:

@@ -54,11 +54,6 @@ class WalkResult:
     attempts: int
     accepted: int
 
-    @property
-    def acceptance(self) -> float:
-        """Share of the walks begun that reached their end."""
-        return self.accepted / self.attempts
-
 
 def generate_walks(
     graph: Graph,

@@ -8,6 +8,7 @@ the graph but no rule. A model that meets rules only by accident shows in the la
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -23,13 +24,13 @@ from accel_train.config.sections import ExperimentConfig
 from accel_train.errors import ConfigError, CorpusError
 from accel_train.model.generation import generate
 from accel_train.process.work import SILENT, StopCheck, WorkContext, never
+from accel_train.tasks import drawing
 from accel_train.tasks.base import Evaluation, GenerationOptions, Task
 from accel_train.tasks.criteria import Criterion, judge
 from accel_train.tasks.walks.compliance import Compliance, score, wilson_interval
 from accel_train.tasks.walks.config import WalksConfig
 from accel_train.tasks.walks.corpus import BLIND, SAMPLED, WalkCorpus, Walks
 from accel_train.tasks.walks.dataset import WalkDataset
-from accel_train.tasks.walks.figures import draw_compliance
 from accel_train.tasks.walks.generator import random_walks
 
 if TYPE_CHECKING:
@@ -214,8 +215,33 @@ class WalksTask(Task):
     # -- the record and the model in use ---------------------------------------------------
 
     def draw(self, axes: Axes, record: Mapping[str, Any]) -> None:
-        """Draw greedy compliance over the evaluations."""
-        draw_compliance(axes, record)
+        """Draw greedy edge and rule compliance over the evaluations, with the thresholds.
+
+        Args:
+            axes: where to draw.
+            record: of a run of the walks task; curves may be short or empty.
+        """
+        gate = record["config"]["walks"]["gate"]
+        unit = drawing.evaluations(record)
+        axes.set(title="Greedy compliance", xlabel=unit, ylabel="share of checks passed", ylim=(-0.02, 1.05))
+        count, lowest = 0, 1.0
+        for label, color, marker in (("edge", drawing.BLUE, "o"), ("rule", drawing.ORANGE, "s")):
+            values = drawing.numbers(record["curves"][f"{label}_compliance"])
+            threshold = gate[f"{label}_threshold"]
+            axes.axhline(threshold, color=color, linestyle="--", linewidth=1.1, alpha=0.8)
+            name, transform = f"{label} > {threshold:g}", axes.get_yaxis_transform()
+            # Outside the axes, where no curve passes.
+            axes.text(1.01, threshold, name, transform=transform, va="center", fontsize=8, color=color)
+            if values:
+                drawing.curve(axes, values, color, marker, f"{label} compliance")
+            count = max(count, len(values))
+            lowest = min([lowest, *(value for value in values if not math.isnan(value))])
+        drawing.finish(axes, count)
+        if count and record["gate"]["passed"] and unit == "epoch":
+            axes.axvline(record["gate"]["epoch"], color=drawing.GREY, linestyle=":", linewidth=1.2, label="gate passed")
+        if count:
+            # Where the lines leave room: they rise, so below them on the right unless they start high.
+            axes.legend(loc="lower right" if lowest < 0.9 else "lower left", framealpha=1.0, edgecolor="none")
 
     def prepare_generation(self, checkpoint: Path, shared: Path) -> None:
         """Open the held-out walks, whose beginnings are the prompts."""

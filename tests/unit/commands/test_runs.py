@@ -5,13 +5,13 @@ import subprocess
 import sys
 
 import pytest
+from configs import experiment_config
 
 from accel_train.checkpoints.manifest import step_directory, write_manifest
 from accel_train.commands.main import main
 from accel_train.files.sealed import DAMAGED
 from accel_train.runs.lock import RunLock
 from accel_train.runs.record import new_record, write_record
-from accel_train.tasks.registry import experiment_config
 from accel_train.tasks.walks.task import WalksTask
 
 

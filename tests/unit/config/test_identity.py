@@ -5,13 +5,14 @@ import subprocess
 import sys
 
 import pytest
+from configs import experiment_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accel_train.config.fields import from_dict, result_values, to_dict
 from accel_train.config.identity import config_hash, differing_fields, experiment_id
 from accel_train.config.sections import TrainingConfig
-from accel_train.tasks.registry import BUILT_IN, config_class, experiment_config
+from accel_train.tasks.registry import BUILT_IN, config_class
 from accel_train.tasks.text.config import TextConfig
 
 COMMON_LEFT_OUT = {
@@ -114,8 +115,8 @@ def test_weights_that_a_run_starts_from_change_the_hash():
 def test_hash_is_the_same_in_every_process():
     script = (
         "from accel_train.config.identity import config_hash\n"
-        "from accel_train.tasks.registry import experiment_config\n"
-        "print(config_hash(experiment_config()))"
+        "from accel_train.tasks.registry import config_class\n"
+        "print(config_hash(config_class('walks')()))"
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == config_hash(experiment_config())

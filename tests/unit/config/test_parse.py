@@ -4,11 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from configs import experiment_config
 
 from accel_train.config import parse
 from accel_train.config.sections import EarlierRun, TrainingConfig
 from accel_train.errors import ConfigError
-from accel_train.tasks.registry import config_class, experiment_config
+from accel_train.tasks.registry import config_class
 
 ROOT = Path(__file__).resolve().parents[3]
 

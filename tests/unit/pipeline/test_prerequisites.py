@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from configs import experiment_config
 
 from accel_train.config.sections import CheckpointConfig, ModelConfig, StartConfig
 from accel_train.errors import EXIT_PREREQUISITES, ConfigError, PhaseFailed
@@ -12,7 +13,6 @@ from accel_train.pipeline import prerequisites
 from accel_train.pipeline.command import parse_options
 from accel_train.pipeline.prerequisites import check_space, read_configuration, record_of, run_dir_of
 from accel_train.runs.record import new_record, write_record
-from accel_train.tasks.registry import experiment_config
 from accel_train.tasks.text.config import TextConfig
 from accel_train.tasks.text.task import TextTask
 

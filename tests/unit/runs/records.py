@@ -1,7 +1,8 @@
 """Records of runs that never were."""
 
+from configs import experiment_config
+
 from accel_train.runs.record import CriterionResult, GateResult, new_record
-from accel_train.tasks.registry import experiment_config
 from accel_train.tasks.walks.task import WalksTask
 
 CONFIG = experiment_config(description="a test", tags=("x", "y"))

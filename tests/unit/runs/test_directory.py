@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from configs import experiment_config
 
 from accel_train.config.fields import to_dict
 from accel_train.config.identity import experiment_id
@@ -22,7 +23,6 @@ from accel_train.runs.directory import (
 )
 from accel_train.runs.lock import live_runs
 from accel_train.runs.record import new_record, read_record, write_record
-from accel_train.tasks.registry import experiment_config
 from accel_train.tasks.walks.task import WalksTask
 
 

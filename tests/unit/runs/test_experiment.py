@@ -14,6 +14,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from configs import experiment_config
 from torch import nn
 
 from accel_train.checkpoints.manifest import list_checkpoints
@@ -30,7 +31,6 @@ from accel_train.runs.record import record_schema
 from accel_train.runs.recorder import Recorder
 from accel_train.tasks.base import Evaluation
 from accel_train.tasks.criteria import Criterion, judge
-from accel_train.tasks.registry import experiment_config
 from accel_train.tasks.walks.config import GateConfig, GraphConfig, RulesConfig, WalksConfig
 from accel_train.tasks.walks.task import WalksTask
 

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from configs import experiment_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -11,7 +12,7 @@ from accel_train.config.fields import from_dict
 from accel_train.config.sections import TrainingConfig
 from accel_train.runs.figures import running_mean, training_curves
 from accel_train.runs.record import new_record
-from accel_train.tasks.registry import build_task, config_class, experiment_config, task_class
+from accel_train.tasks.registry import build_task, config_class, task_class
 
 
 def make_record(losses, evaluations, config=None):

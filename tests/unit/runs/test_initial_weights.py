@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from configs import experiment_config
 from safetensors.torch import save_file
 
 from accel_train.checkpoints.manifest import write_manifest
@@ -14,7 +15,7 @@ from accel_train.errors import CheckpointError, ConfigError
 from accel_train.runs.directory import run_directory
 from accel_train.runs.initial_weights import WEIGHTS, build_model, require_same_files, resolve_weights
 from accel_train.runs.record import new_record, write_record
-from accel_train.tasks.registry import build_task, experiment_config
+from accel_train.tasks.registry import build_task
 from accel_train.tasks.walks.task import WalksTask
 
 CONFIG = experiment_config(model=ModelConfig(d_model=16, n_layers=1, n_heads=2, max_seq_len=16))

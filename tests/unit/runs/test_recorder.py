@@ -6,6 +6,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from configs import experiment_config
 from torch import nn
 
 from accel_train.checkpoints.state import TrainingState
@@ -17,7 +18,7 @@ from accel_train.process.work import SILENT, WorkContext
 from accel_train.runs.directory import RunDirectory
 from accel_train.runs.record import read_record
 from accel_train.runs.recorder import Recorder, Trackers
-from accel_train.tasks.registry import build_task, experiment_config
+from accel_train.tasks.registry import build_task
 from accel_train.training.callbacks import LoopState
 from accel_train.training.plan import Plan
 

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from configs import experiment_config
 from safetensors.torch import load_file
 
 from accel_train.config.sections import ModelConfig, StartConfig, TrainingConfig
@@ -15,7 +16,6 @@ from accel_train.runs.experiment import run
 from accel_train.runs.initial_weights import WEIGHTS
 from accel_train.runs.use import evaluate, find_run, generate, load_model, saved_data
 from accel_train.tasks.base import Evaluation, GenerationOptions
-from accel_train.tasks.registry import experiment_config
 from accel_train.tasks.walks.config import GateConfig, GraphConfig, RulesConfig, WalksConfig
 from accel_train.tasks.walks.task import WalksTask
 

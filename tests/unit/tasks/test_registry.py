@@ -4,10 +4,11 @@ import subprocess
 import sys
 
 import pytest
+from configs import experiment_config
 
 from accel_train.config.sections import ExperimentConfig
 from accel_train.errors import ConfigError
-from accel_train.tasks.registry import BUILT_IN, build_task, config_class, experiment_config, task_class
+from accel_train.tasks.registry import BUILT_IN, build_task, config_class, task_class
 from accel_train.tasks.walks.task import WalksTask
 
 MODULE = """

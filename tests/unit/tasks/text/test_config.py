@@ -1,9 +1,9 @@
 """The section of the text task: defaults that depend on the tokenizer, and refusals."""
 
 import pytest
+from configs import experiment_config
 
 from accel_train.errors import ConfigError
-from accel_train.tasks.registry import experiment_config
 from accel_train.tasks.text.config import GateConfig, TextConfig
 
 

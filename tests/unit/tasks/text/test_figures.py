@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from configs import experiment_config
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from accel_train.config.fields import to_dict
-from accel_train.tasks.registry import experiment_config
 from accel_train.tasks.text.config import GateConfig, TextConfig
 from accel_train.tasks.text.figures import draw_validation
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from configs import experiment_config
 from safetensors.torch import save_file
 
 from accel_train.config.sections import ModelConfig
 from accel_train.errors import Interrupted
 from accel_train.model.transformer import TransformerLM
 from accel_train.runs.directory import dump_config
-from accel_train.tasks.registry import experiment_config
 from accel_train.tasks.text.config import TextConfig
 from accel_train.tasks.text.inference_cost import InferenceError, measure_apart, peak_rss_bytes
 from accel_train.tasks.text.tokenizer import char_tokenizer

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from configs import experiment_config
 from torch import nn
 
 from accel_train.config.sections import ModelConfig, TrainingConfig
@@ -18,7 +19,6 @@ from accel_train.files.atomic import sha256_file
 from accel_train.model.transformer import TransformerLM
 from accel_train.process.work import SILENT, WorkContext
 from accel_train.tasks.base import Trained
-from accel_train.tasks.registry import experiment_config
 from accel_train.tasks.text import task as module
 from accel_train.tasks.text.config import GateConfig, TextConfig
 from accel_train.tasks.text.inference_cost import InferenceCost, InferenceError

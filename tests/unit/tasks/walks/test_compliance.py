@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accel_train.tasks.walks import compliance
-from accel_train.tasks.walks.compliance import scorable_rules, score, wilson_interval
+from accel_train.tasks.walks.compliance import score, wilson_interval
 from accel_train.tasks.walks.config import GraphConfig, RulesConfig
 from accel_train.tasks.walks.generator import generate_walks
 from accel_train.tasks.walks.graph import Rule, designate_rules, generate_graph
@@ -113,11 +113,6 @@ def test_compliance_is_the_share_of_passes():
 def test_a_start_before_the_first_transition_is_refused():
     with pytest.raises(ValueError, match="start must be at least 1"):
         score(np.array([[0, 1]]), GRAPH, (), start=0)
-
-
-def test_a_jump_is_scorable_up_to_the_context_length():
-    rules = (Rule(0, 1, 63), Rule(1, 2, 64), Rule(2, 0, 65))
-    assert scorable_rules(rules, 64) == (rules[:2], rules[2:])
 
 
 @given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))

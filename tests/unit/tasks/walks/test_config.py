@@ -1,10 +1,10 @@
 """The section of the walks task: defaults and refusals."""
 
 import pytest
+from configs import experiment_config
 
 from accel_train.config.sections import ModelConfig, TrainingConfig
 from accel_train.errors import ConfigError
-from accel_train.tasks.registry import experiment_config
 from accel_train.tasks.walks.config import GateConfig, GraphConfig, RulesConfig, WalksConfig
 
 

@@ -119,10 +119,11 @@ def test_scales_that_give_the_same_jumps_share_the_walks():
     assert corpus(rules=by_scale).key == corpus(rules=by_length).key
 
 
-def test_rules_that_jump_beyond_the_context_are_not_scored():
-    found = corpus(rules=RulesConfig(jumpers_per_block=1, jump_lengths=(3, 4, 5, 20)))
-    assert {rule.jump_length for rule in found.rules} == {3, 4, 5, 20}
-    assert {rule.jump_length for rule in found.scored_rules} == {3, 4, 5}
+def test_a_rule_is_scored_up_to_the_context_length():
+    jumps = (CONTEXT - 1, CONTEXT, CONTEXT + 1, 20)
+    found = corpus(rules=RulesConfig(jumpers_per_block=1, jump_lengths=jumps))
+    assert tuple(rule.jump_length for rule in found.rules) == jumps
+    assert found.scored_rules == found.rules[:2]
 
 
 def test_streams_of_random_numbers_differ_by_seed_and_use():
