@@ -117,7 +117,7 @@ def test_the_memory_efficient_kernel_is_taken_where_its_gradients_repeat(differs
         noise = 1e-3 if differs and len(calls) == module._REPEATS else 0.0
         return (query * key * value) * (1 + noise)
 
-    monkeypatch.setattr(module.functional, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(module.nn.functional, "scaled_dot_product_attention", attention)
     assert module.repeats_memory_efficient_attention(torch.device("cpu")) is not differs
     assert len(calls) == module._REPEATS
 
