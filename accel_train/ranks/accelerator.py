@@ -13,8 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, utils
-from accelerate.tracking import get_available_trackers
+from accelerate import Accelerator, DataLoaderConfiguration, tracking, utils
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -37,7 +36,7 @@ def build_accelerator(
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config.check_world_size(world_size)
-    available = {str(tracker.value) for tracker in get_available_trackers()} if log_with else set()
+    available = {str(tracker.value) for tracker in tracking.get_available_trackers()} if log_with else set()
     for tracker in log_with:
         if tracker not in available:
             # Accelerate would leave it out without a word.

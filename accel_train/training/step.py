@@ -263,8 +263,7 @@ class Step:
                 reason, level = str(error).partition("\n")[0], logging.WARNING
                 self._optimizer.zero_grad()
         if reason is not None:
-            message = "the step is not recorded as a CUDA graph, its kernels are launched one by one: %s"
-            log.log(level, message, reason)
+            log.log(level, "the step is not recorded as a CUDA graph, its kernels are launched one by one: %s", reason)
 
     def _on_device(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Compute a step of one micro-step except for its schedule; return the loss and the gradient norm."""

@@ -93,28 +93,34 @@ class Trainer:
         accelerator: Accelerator | None = None,
         services: Services | None = None,
     ) -> None:
-        self.config = config or TrainingConfig()
+        self.config = config = config or TrainingConfig()
         self.checkpoint_config = checkpoint or CheckpointConfig()
         self.seed = seed
-        self.accelerator = accelerator or build_accelerator(self.config)
-        check_accelerator(self.accelerator, self.config)
+        self.accelerator = accelerator or build_accelerator(config)
+        check_accelerator(self.accelerator, config)
         self.state, self.clock, self.tokens_at_start = TrainingState(), Stopwatch(), 0
         self._services = services = services or Services()
         self._handles_signals = services.coordinator is None and run_dir is not None
-        self._coordinator = coordinator = services.coordinator or Coordinator(StopSignal(), self.config.timeout_seconds)
+        self._coordinator = coordinator = services.coordinator or Coordinator(StopSignal(), config.timeout_seconds)
         self._loss_fn, self._hooks, self._callbacks = loss_fn, hooks or Hooks(model, {}, {}), tuple(callbacks)
         self._on_step_end = overriding(self._callbacks, "on_step_end")
-        self.plan = plan = Plan(self.config, len(dataset), coordinator.world_size, coordinator.rank, seed)
+        self.plan = plan = Plan(config, len(dataset), coordinator.world_size, coordinator.rank, seed)
         self.loop_state = LoopState(
             total_steps=plan.total_steps, steps_per_epoch=plan.steps_per_epoch, schedule=plan.learning_rate
         )
-        self._evaluation = Evaluation(
-            evaluate, validation or {}, loss_fn, plan, self.accelerator.device, coordinator, services.reached
-        )
-        self._prepare(model, dataset)
+        device = self.accelerator.device
+        self._evaluation = Evaluation(evaluate, validation or {}, loss_fn, plan, device, coordinator, services.reached)
+        self._batches = batches = Batches(dataset, plan, device)
+        optimizer = build_optimizer(model, config, device)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.lr_factor)
+        prepared = self.accelerator.prepare(model, optimizer, scheduler, batches.loader)
+        self.model, self._optimizer, self._scheduler, batches.loader = prepared
+        self._step = Step(self.accelerator, *prepared[:3], loss_fn=loss_fn, config=config, hooks=self._hooks)
+        capacity = (config.log_interval + 1) * plan.accumulation
+        self._losses = LossBuffer(capacity, plan.accumulation, plan.world_size, self._gather, device)
         checkpointer: Checkpointer | None = None
         if run_dir is not None:
-            identity = {**result_values(self.config), "seed": seed, "samples": len(dataset)}
+            identity = {**result_values(config), "seed": seed, "samples": len(dataset)}
             checkpointer = Checkpointer(
                 Path(run_dir) / "checkpoints",
                 self.accelerator,
@@ -128,17 +134,6 @@ class Trainer:
                 reached=services.reached,
             )
         self._commits = Commits(checkpointer, self._callbacks, self.loop_state, self.clock)
-
-    def _prepare(self, model: nn.Module, dataset: Any) -> None:
-        config, plan, device = self.config, self.plan, self.accelerator.device
-        self._batches = batches = Batches(dataset, plan, device)
-        optimizer = build_optimizer(model, config, device)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.lr_factor)
-        prepared = self.accelerator.prepare(model, optimizer, scheduler, batches.loader)
-        self.model, self._optimizer, self._scheduler, batches.loader = prepared
-        self._step = Step(self.accelerator, *prepared[:3], loss_fn=self._loss_fn, config=config, hooks=self._hooks)
-        capacity = (config.log_interval + 1) * plan.accumulation
-        self._losses = LossBuffer(capacity, plan.accumulation, plan.world_size, self._gather, device)
 
     # -- the run ---------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch):
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
-    monkeypatch.setattr(module, "get_available_trackers", list)
+    monkeypatch.setattr(module.tracking, "get_available_trackers", list)
     with pytest.raises(ConfigError, match=r"tracking\.log_with: 'wandb' is not installed"):
         build_accelerator(CONFIG, log_with=["wandb"])
 
