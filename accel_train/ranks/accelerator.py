@@ -13,12 +13,9 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, utils
-from accelerate.tracking import get_available_trackers
+from accelerate import Accelerator, DataLoaderConfiguration, tracking, utils
 from torch import nn
-from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 
 from accel_train.config.sections import TrainingConfig
 from accel_train.errors import ConfigError
@@ -39,7 +36,7 @@ def build_accelerator(
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config.check_world_size(world_size)
-    available = {str(tracker.value) for tracker in get_available_trackers()} if log_with else set()
+    available = {str(tracker.value) for tracker in tracking.get_available_trackers()} if log_with else set()
     for tracker in log_with:
         if tracker not in available:
             # Accelerate would leave it out without a word.
@@ -58,11 +55,9 @@ def build_accelerator(
         rng_types=[],
     )
     if accelerator.num_processes != world_size:
-        rule = (
-            f"processes were launched but each sees {accelerator.num_processes}: they did not find each other; "
-            "on CPU set ACCELERATE_USE_CPU=true and launch with --multi_gpu --num_processes N"
-        )
-        raise ConfigError("WORLD_SIZE", world_size, rule)
+        rule = f"processes were launched but each sees {accelerator.num_processes}: they did not find each other"
+        cure = "on CPU set ACCELERATE_USE_CPU=true and launch with --multi_gpu --num_processes N"
+        raise ConfigError("WORLD_SIZE", world_size, f"{rule}; {cure}")
     if config.deterministic and accelerator.device.type == "cuda":
         _make_deterministic(accelerator.device)
     return accelerator
@@ -118,7 +113,7 @@ def repeats_memory_efficient_attention(device: torch.device) -> bool:
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
         for _ in range(_REPEATS):
             try:
-                mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+                mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
                 found.append(torch.autograd.grad(mixed.square().sum(), [query, key, value]))
             except RuntimeError:  # there is no such kernel for this device, or none that is deterministic
                 return False
@@ -172,6 +167,6 @@ def warm_up_buckets(model: nn.Module, backward: Callable[[], None]) -> None:
 
 
 def _buckets_are_rebuilt(model: nn.Module) -> bool:
-    if not isinstance(model, DistributedDataParallel):
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
         return True
     return bool(model._get_ddp_logging_data().get("has_rebuilt_buckets", True))  # type: ignore[no-untyped-call]

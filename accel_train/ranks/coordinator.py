@@ -233,10 +233,8 @@ class Coordinator:
 
     def _silent(self, key: str, ranks: Iterable[int]) -> list[int]:
         """Return those of ``ranks`` that have not posted ``key/rank`` after a few seconds."""
-        deadline = time.monotonic() + _ROLL_CALL_SECONDS
-        while silent := [rank for rank in ranks if not self._store.has(f"{key}/{rank}")]:
-            if time.monotonic() > deadline:
-                break
+        end = time.monotonic() + _ROLL_CALL_SECONDS
+        while (silent := [rank for rank in ranks if not self._store.has(f"{key}/{rank}")]) and time.monotonic() <= end:
             time.sleep(_POLL_SECONDS)
         return silent
 

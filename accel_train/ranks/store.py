@@ -54,9 +54,8 @@ class RankStore:
         host = os.environ.get("MASTER_ADDR", "localhost")
         self._serves = rank == 0
         port = 0 if self._serves else int(exchange.get(address_key))
-        self._store = dist.TCPStore(  # type: ignore[attr-defined] # exported, but not by name
-            host, port, is_master=self._serves, wait_for_workers=False, timeout=timeout
-        )
+        # PyTorch exports the class, but not by name.
+        self._store = dist.TCPStore(host, port, is_master=self._serves, wait_for_workers=False, timeout=timeout)  # type: ignore[attr-defined]
         if self._serves:
             exchange.set(address_key, str(self._store.port))
 
@@ -77,11 +76,8 @@ class RankStore:
         try:
             return access() if self._serves else abandonable(lambda _: access(), lambda: time.monotonic() > deadline)
         except Interrupted as error:
-            raise LostPeer(
-                f"rank 0 has not answered for {self.timeout_seconds:g} s (waiting for '{self.phase}'): "
-                "it or the link to its machine is down",
-                ranks=[0],
-            ) from error
+            silent = f"rank 0 has not answered for {self.timeout_seconds:g} s (waiting for '{self.phase}')"
+            raise LostPeer(f"{silent}: it or the link to its machine is down", ranks=[0]) from error
         except RuntimeError as error:
             raise LostPeer(f"rank 0 is gone (waiting for '{self.phase}'): {first_line(error)}", ranks=[0]) from error
 

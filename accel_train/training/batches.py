@@ -9,7 +9,6 @@ import torch
 from accelerate.utils import send_to_device
 
 from accel_train.data.loader import DatasetWithIds, build_loader
-from accel_train.data.permutation import GlobalBatchSampler
 from accel_train.data.windows import copy_to_device
 from accel_train.training.plan import Ids, Plan
 
@@ -25,7 +24,7 @@ class Batches:
 
     def __init__(self, dataset: Any, plan: Plan, device: torch.device) -> None:
         self._dataset, self._plan, self._device = DatasetWithIds(dataset), plan, device
-        self._sampler: GlobalBatchSampler = plan.sampler()
+        self._sampler = plan.sampler()
         self.own_positions: Ids = plan.own_positions()
         """Positions ``(local batch,)`` of this rank's slice within a micro-step's batch."""
         workers = plan.config.num_workers
@@ -44,11 +43,8 @@ class Batches:
             micro_step: the first one, counted from 0 within the epoch.
         """
         self._sampler.seek(epoch, micro_step)
-        if self.direct is None:
-            yield from self.loader
-            return
-        for ids in self.loader.batch_sampler:
-            yield self.direct.__getitems__(ids)
+        direct = self.direct
+        yield from self.loader if direct is None else map(direct.__getitems__, self.loader.batch_sampler)
 
     def one(self, epoch: int, micro_step: int) -> Any:
         """Return this rank's slice of one micro-step's batch; the loader does not move."""

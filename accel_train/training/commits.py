@@ -88,11 +88,9 @@ def note_resume(
         CheckpointMismatch: names what differs and both values.
     """
     for name, value in arithmetic.items():
-        if state.arithmetic.get(name) != value:
-            raise CheckpointMismatch(
-                f"the checkpoint of step {state.step} was trained with {name} = {state.arithmetic.get(name)!r}, "
-                f"this launch has {value!r}; launch it as before, or start over"
-            )
+        if (then := state.arithmetic.get(name)) != value:
+            trained = f"the checkpoint of step {state.step} was trained with {name} = {then!r}"
+            raise CheckpointMismatch(f"{trained}, this launch has {value!r}; launch it as before, or start over")
     require_data(state.data, data, state.step, "start over")
     changes = {k: [state.machine.get(k), v] for k, v in machine.items() if state.machine.get(k) != v}
     for name, (before, now) in changes.items():

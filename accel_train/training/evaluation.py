@@ -13,10 +13,9 @@ from torch import nn
 
 from accel_train.checkpoints.random_states import preserved_random_state
 from accel_train.data.loader import DatasetWithIds
-from accel_train.errors import Interrupted
 from accel_train.model.generation import keep_recordings
 from accel_train.process.fault_points import EVALUATION_BEGUN
-from accel_train.process.work import StopCheck
+from accel_train.process.work import StopCheck, WorkContext
 from accel_train.ranks.coordinator import Coordinator
 from accel_train.training.callbacks import LoopState
 from accel_train.training.losses import LossFunction, count_targets
@@ -116,16 +115,12 @@ class Evaluation:
             Interrupted: a rank was asked to stop; the random states are those before.
         """
 
-        def leave_if(asked: bool) -> None:
-            if asked:
-                raise Interrupted
-
         def gather(sums: Any) -> list[Any]:
-            leave_if(self.coordinator.drain())
+            WorkContext(should_stop=self.coordinator.drain).check()
             return self.coordinator.gather("validation loss", sums)
 
         plan = self.plan
-        share = Share(plan.micro_batch, plan.rank, plan.world_size, lambda: leave_if(poll()), gather)
+        share = Share(plan.micro_batch, plan.rank, plan.world_size, WorkContext(should_stop=poll).check, gather)
         return {
             name: mean_loss(model, DatasetWithIds(dataset), self.loss_fn, self.device, share)
             for name, dataset in self.validation.items()

@@ -59,8 +59,7 @@ class ActivationStats(ForwardHook):
         figures: dict[str, float] = {}
         if self._stats:
             for name, (std, mean) in zip(self._stats, torch.stack([*self._stats.values()]).tolist(), strict=True):
-                figures[f"activations/{name}/mean"] = mean
-                figures[f"activations/{name}/std"] = std
+                figures |= {f"activations/{name}/mean": mean, f"activations/{name}/std": std}
         return figures
 
 
@@ -160,8 +159,7 @@ def build_hooks(config: HooksConfig, model: nn.Module) -> Hooks:
     update = {name: _build("hooks.update", name, UPDATE_HOOKS, model) for name in config.update}
     for name, hook in forward.items():
         if not isinstance(hook, ForwardHook):
-            base = f"{ForwardHook.__module__}.ForwardHook"
-            rule = f"makes a {type(hook).__name__}, which is no {base}; derive it from that"
+            rule = f"makes a {type(hook).__name__}, which is no {__name__}.ForwardHook; derive it from that"
             raise ConfigError("hooks.forward", name, rule)
     for name, hook in update.items():
         if not callable(hook):

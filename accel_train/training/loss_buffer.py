@@ -32,7 +32,6 @@ class LossBuffer:
     ) -> None:
         self._accumulation, self._ranks, self._gather = accumulation, ranks, gather
         self._losses = torch.zeros(capacity, dtype=torch.float32, device=device)
-        self._recorded = 0
         self._consumed: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
 
     def add(self, loss: Tensor, positions: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> None:
@@ -43,8 +42,7 @@ class LossBuffer:
             positions: ``(local batch,)`` positions in the run's order.
             ids: ``(local batch,)`` samples at these positions.
         """
-        self._losses[self._recorded] = loss
-        self._recorded += 1
+        self._losses[len(self._consumed)] = loss
         self._consumed.append((positions, ids))
 
     def collect(self) -> tuple[list[float], int]:
@@ -52,9 +50,9 @@ class LossBuffer:
 
         Waits for the device; a collective when there are several ranks. Empty when nothing was added.
         """
-        if self._recorded == 0:
+        if not self._consumed:
             return [], 0
-        losses = self._losses[: self._recorded]
+        losses = self._losses[: len(self._consumed)]
         positions, ids = (np.concatenate(arrays) for arrays in zip(*self._consumed, strict=True))
         # The same 64 bits as a signed integer, which every backend can gather.
         term = np.array([fingerprint_terms(positions, ids)], dtype=np.uint64).view(np.int64)
@@ -68,6 +66,5 @@ class LossBuffer:
             for micro_step in range(self._accumulation):
                 per_step += table[rank, :, micro_step]
         per_step /= self._ranks * self._accumulation
-        self._recorded = 0
         self._consumed.clear()
         return per_step.tolist(), sum(terms.tolist()) % 2**64

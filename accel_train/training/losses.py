@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from accel_train.model.kernels.cross_entropy import IGNORED
 
@@ -34,7 +33,7 @@ def next_token_cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
     if shift:
         logits, targets = logits[:, :-1], targets[:, 1:]
-    return functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
+    return nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 
 def fused_cross_entropy(model: nn.Module, batch: Any) -> Tensor:

@@ -98,8 +98,7 @@ class Plan:
 
     def sampler(self) -> GlobalBatchSampler:
         """Return a sampler of the micro-steps' batches, in the run's order."""
-        batches = self.steps_per_epoch * self.accumulation
-        return GlobalBatchSampler(self.samples, self.micro_batch, self.seed, batches)
+        return GlobalBatchSampler(self.samples, self.micro_batch, self.seed, self.steps_per_epoch * self.accumulation)
 
     def lr_factor(self, step: int) -> float:
         """Return the learning rate of update ``step`` (from 0) as a fraction of the peak."""

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import recursively_apply
+from accelerate import Accelerator, utils
 from torch import Tensor
 
 from accel_train.checkpoints.random_states import preserved_random_state
@@ -38,7 +37,7 @@ class RecordedStep:
 
     def __init__(self, step: Callable[[Any], Outputs], batch: Any, set_frozen: Callable[[bool], object]) -> None:
         self._step = step
-        self._inputs = recursively_apply(torch.clone, batch)
+        self._inputs = utils.recursively_apply(torch.clone, batch)
         self._places = _tensors(self._inputs)
         self._shapes = [tensor.shape for tensor in self._places]
         device = self._places[0].device
@@ -77,5 +76,5 @@ def why_not(accelerator: Accelerator, *, hooks: bool) -> str | None:
 def _tensors(batch: Any) -> list[Tensor]:
     """Return the tensors of a batch, in the order of its structure."""
     found: list[Tensor] = []
-    recursively_apply(found.append, batch)
+    utils.recursively_apply(found.append, batch)
     return found

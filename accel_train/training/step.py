@@ -18,8 +18,7 @@ from enum import Enum, auto
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
 from accel_train.config.sections import TrainingConfig
@@ -43,16 +42,12 @@ def wrappers_add_nothing(accelerator: Accelerator) -> bool:
 def build_optimizer(model: nn.Module, config: TrainingConfig, device: torch.device) -> torch.optim.AdamW:
     """Return AdamW, fused where the device has the kernel; weight decay on all parameters or on matrices only."""
     trained = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": trained, "weight_decay": config.weight_decay}]
     if config.weight_decay_on == "matrices":
-        groups = [
-            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-        ]
-    else:
-        groups = [{"params": trained, "weight_decay": config.weight_decay}]
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=device.type in {"cpu", "cuda"}
-    )
+        groups[0]["params"] = [p for p in trained if p.dim() >= 2]
+        groups.append({"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0})
+    fused = device.type in {"cpu", "cuda"}
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
 
 
 class Outcome(Enum):
@@ -268,8 +263,7 @@ class Step:
                 reason, level = str(error).partition("\n")[0], logging.WARNING
                 self._optimizer.zero_grad()
         if reason is not None:
-            message = "the step is not recorded as a CUDA graph, its kernels are launched one by one: %s"
-            log.log(level, message, reason)
+            log.log(level, "the step is not recorded as a CUDA graph, its kernels are launched one by one: %s", reason)
 
     def _on_device(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Compute a step of one micro-step except for its schedule; return the loss and the gradient norm."""

@@ -16,8 +16,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate import Accelerator, utils
 from torch import nn
 
 from accel_train.checkpoints.checkpointer import Checkpointer
@@ -94,28 +93,34 @@ class Trainer:
         accelerator: Accelerator | None = None,
         services: Services | None = None,
     ) -> None:
-        self.config = config or TrainingConfig()
+        self.config = config = config or TrainingConfig()
         self.checkpoint_config = checkpoint or CheckpointConfig()
         self.seed = seed
-        self.accelerator = accelerator or build_accelerator(self.config)
-        check_accelerator(self.accelerator, self.config)
+        self.accelerator = accelerator or build_accelerator(config)
+        check_accelerator(self.accelerator, config)
         self.state, self.clock, self.tokens_at_start = TrainingState(), Stopwatch(), 0
         self._services = services = services or Services()
         self._handles_signals = services.coordinator is None and run_dir is not None
-        self._coordinator = coordinator = services.coordinator or Coordinator(StopSignal(), self.config.timeout_seconds)
+        self._coordinator = coordinator = services.coordinator or Coordinator(StopSignal(), config.timeout_seconds)
         self._loss_fn, self._hooks, self._callbacks = loss_fn, hooks or Hooks(model, {}, {}), tuple(callbacks)
         self._on_step_end = overriding(self._callbacks, "on_step_end")
-        self.plan = plan = Plan(self.config, len(dataset), coordinator.world_size, coordinator.rank, seed)
+        self.plan = plan = Plan(config, len(dataset), coordinator.world_size, coordinator.rank, seed)
         self.loop_state = LoopState(
             total_steps=plan.total_steps, steps_per_epoch=plan.steps_per_epoch, schedule=plan.learning_rate
         )
-        self._evaluation = Evaluation(
-            evaluate, validation or {}, loss_fn, plan, self.accelerator.device, coordinator, services.reached
-        )
-        self._prepare(model, dataset)
+        device = self.accelerator.device
+        self._evaluation = Evaluation(evaluate, validation or {}, loss_fn, plan, device, coordinator, services.reached)
+        self._batches = batches = Batches(dataset, plan, device)
+        optimizer = build_optimizer(model, config, device)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.lr_factor)
+        prepared = self.accelerator.prepare(model, optimizer, scheduler, batches.loader)
+        self.model, self._optimizer, self._scheduler, batches.loader = prepared
+        self._step = Step(self.accelerator, *prepared[:3], loss_fn=loss_fn, config=config, hooks=self._hooks)
+        capacity = (config.log_interval + 1) * plan.accumulation
+        self._losses = LossBuffer(capacity, plan.accumulation, plan.world_size, self._gather, device)
         checkpointer: Checkpointer | None = None
         if run_dir is not None:
-            identity = {**result_values(self.config), "seed": seed, "samples": len(dataset)}
+            identity = {**result_values(config), "seed": seed, "samples": len(dataset)}
             checkpointer = Checkpointer(
                 Path(run_dir) / "checkpoints",
                 self.accelerator,
@@ -129,17 +134,6 @@ class Trainer:
                 reached=services.reached,
             )
         self._commits = Commits(checkpointer, self._callbacks, self.loop_state, self.clock)
-
-    def _prepare(self, model: nn.Module, dataset: Any) -> None:
-        config, plan, device = self.config, self.plan, self.accelerator.device
-        self._batches = batches = Batches(dataset, plan, device)
-        optimizer = build_optimizer(model, config, device)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.lr_factor)
-        prepared = self.accelerator.prepare(model, optimizer, scheduler, batches.loader)
-        self.model, self._optimizer, self._scheduler, batches.loader = prepared
-        self._step = Step(self.accelerator, *prepared[:3], loss_fn=self._loss_fn, config=config, hooks=self._hooks)
-        capacity = (config.log_interval + 1) * plan.accumulation
-        self._losses = LossBuffer(capacity, plan.accumulation, plan.world_size, self._gather, device)
 
     # -- the run ---------------------------------------------------------------------------
 
@@ -172,13 +166,12 @@ class Trainer:
             except LostPeer as error:
                 raise self._coordinator.named(error) from error
             except Exception as error:
-                if self.plan.world_size > 1 and is_lost_peer(error):
-                    where = f"no answer in step {self.state.step + 1}"
-                    lost = LostPeer(f"another rank is gone: {where} ({first_line(error)})")
-                    # Now: the survivors call each other before any of them waits for its commit below.
-                    raise self._coordinator.named(lost) from error
-                self._coordinator.announce_failure(error)
-                raise
+                if self.plan.world_size == 1 or not is_lost_peer(error):
+                    self._coordinator.announce_failure(error)
+                    raise
+                lost = LostPeer(f"another rank is gone: no answer in step {self.state.step + 1} ({first_line(error)})")
+                # Now: the survivors call each other before any of them waits for its commit below.
+                raise self._coordinator.named(lost) from error
             finally:
                 self._commits.close()
                 self._hooks.close()
@@ -196,7 +189,7 @@ class Trainer:
         self.state = restored or TrainingState(arithmetic=in_force, machine=here, data=dict(data))
         if restored is None:
             # Dropout must differ between ranks; weights are already equal.
-            set_seed(derive_rank_seed(self.seed, 0, self._coordinator.rank))
+            utils.set_seed(derive_rank_seed(self.seed, 0, self._coordinator.rank))
         else:
             note_resume(restored, in_force, here, data)
         self.tokens_at_start = self.state.tokens_seen
@@ -238,7 +231,6 @@ class Trainer:
                     raise self._stopped_at(state.step)
                 if outcome is Outcome.SKIPPED:
                     state.skipped_steps += 1
-                    loop.skipped_steps = state.skipped_steps
                 if self._end_step():
                     break
         if state.step_in_epoch == plan.steps_per_epoch:
@@ -251,7 +243,7 @@ class Trainer:
         state, config, loop = self.state, self.config, self.loop_state
         state.step += 1
         state.step_in_epoch += 1
-        loop.step = state.step
+        loop.step, loop.skipped_steps = state.step, state.skipped_steps
         self._services.reached(STEP_DONE)
         for call in self._on_step_end:
             call(loop)
@@ -267,7 +259,8 @@ class Trainer:
         every = self.checkpoint_config.every_steps
         if every is not None and state.step % every == 0:
             self._commit()
-        self._preempt_if_asked()
+        if self._asked_to_stop():
+            self._preempt()
         return False
 
     # -- evaluation, checkpoints, stopping -------------------------------------------------
@@ -316,10 +309,6 @@ class Trainer:
 
     def _asked_to_stop(self) -> bool:
         return self._coordinator.poll(self._commits.failure)
-
-    def _preempt_if_asked(self) -> None:
-        if self._asked_to_stop():
-            self._preempt()
 
     def _commit(self) -> None:
         self._flush()
@@ -371,8 +360,8 @@ class Trainer:
             "grad_norm": loop.grad_norm,
             "tokens_seen": state.tokens_seen,
             "tokens_per_second": self._rate.since_last(state.tokens_seen),
+            **self._hooks.scalars(),
         }
-        line |= self._hooks.scalars()
         for callback in self._callbacks:
             callback.on_log(loop, line)
 

@@ -47,7 +47,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch):
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
-    monkeypatch.setattr(module, "get_available_trackers", list)
+    monkeypatch.setattr(module.tracking, "get_available_trackers", list)
     with pytest.raises(ConfigError, match=r"tracking\.log_with: 'wandb' is not installed"):
         build_accelerator(CONFIG, log_with=["wandb"])
 
@@ -117,7 +117,7 @@ def test_the_memory_efficient_kernel_is_taken_where_its_gradients_repeat(differs
         noise = 1e-3 if differs and len(calls) == module._REPEATS else 0.0
         return (query * key * value) * (1 + noise)
 
-    monkeypatch.setattr(module.functional, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(module.nn.functional, "scaled_dot_product_attention", attention)
     assert module.repeats_memory_efficient_attention(torch.device("cpu")) is not differs
     assert len(calls) == module._REPEATS
 
